@@ -1,0 +1,42 @@
+"""SpanBERT pre-training and inference. Public names only; each is loaded at first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spanbert_fast import ops as ops
+    from spanbert_fast.config import Config as Config
+    from spanbert_fast.data.masking import SpanMasker as SpanMasker
+    from spanbert_fast.model.pretrained import Model as Model
+    from spanbert_fast.ops.dispatch import use_backend as use_backend
+    from spanbert_fast.tasks.fill import FilledSpan as FilledSpan
+    from spanbert_fast.tasks.fill import fill_span as fill_span
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Loading on first use keeps the import free of torch and transformers.
+_HOMES = {
+    "Config": "spanbert_fast.config",
+    "FilledSpan": "spanbert_fast.tasks.fill",
+    "Model": "spanbert_fast.model.pretrained",
+    "SpanMasker": "spanbert_fast.data.masking",
+    "fill_span": "spanbert_fast.tasks.fill",
+    "use_backend": "spanbert_fast.ops.dispatch",
+}
+__all__ = ["Config", "FilledSpan", "Model", "SpanMasker", "__version__", "fill_span", "ops", "use_backend"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("spanbert_fast.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spanbert_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

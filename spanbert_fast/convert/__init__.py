@@ -1,0 +1,1 @@
+"""How foreign checkpoints come in."""

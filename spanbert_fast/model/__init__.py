@@ -1,0 +1,1 @@
+"""Packed batches to hidden states and losses. Knows no data and no ranks."""

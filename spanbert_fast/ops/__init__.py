@@ -1,0 +1,1 @@
+"""Plain mathematical functions; the body of each is its PyTorch reference."""

@@ -1,0 +1,1 @@
+"""What people use a SpanBERT for: one file, one task."""
