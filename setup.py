@@ -1,5 +1,6 @@
 """Builds `spanbert_fast._core` with CMake and ninja; everything else stands in pyproject.toml."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSPANBERT_FAST_WERROR={os.environ.get('SPANBERT_FAST_WERROR', '0')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. Loading on first use keeps the import free of torch and transformers.
+# Public name -> module that defines it; loaded at first use, so that importing the package stays
+# free of torch and transformers.
 _HOMES = {
     "Config": "spanbert_fast.config",
     "FilledSpan": "spanbert_fast.tasks.fill",
@@ -25,7 +26,7 @@ _HOMES = {
     "fill_span": "spanbert_fast.tasks.fill",
     "use_backend": "spanbert_fast.ops.dispatch",
 }
-__all__ = ["Config", "FilledSpan", "Model", "SpanMasker", "__version__", "fill_span", "ops", "use_backend"]  # fmt: skip
+__all__ = [*_HOMES, "__version__", "ops"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

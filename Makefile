@@ -1,0 +1,59 @@
+# Every target sets up what it needs: a virtual environment in .venv, pinned packages, the built extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint format wheel sanitize kill-test lock clean
+
+demo: $(VENV)/runtime $(VENV)/core
+	$(BIN)/python examples/demo.py --output demo_output
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/development $(VENV)/core
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/development $(VENV)/core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict spanbert_fast
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+wheel: $(VENV)/runtime
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+kill-test: $(VENV)/development $(VENV)/core
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+lock:
+	$(PYTHON) requirements/lock.py
+
+clean:
+	rm -rf $(VENV) build dist demo_output *.egg-info spanbert_fast/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime: requirements/runtime.lock | $(VENV)/bin/python
+	$(PIP) install --quiet -r $<
+	@touch $@
+
+$(VENV)/development: requirements/development.lock | $(VENV)/runtime
+	$(PIP) install --quiet -r $<
+	@touch $@
+
+# Warnings are errors for whoever works on the code, not for whoever installs it with another compiler.
+$(VENV)/core: $(CORE_SOURCES) | $(VENV)/runtime
+	SPANBERT_FAST_WERROR=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
