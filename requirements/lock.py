@@ -1,7 +1,7 @@
-"""Writes the pinned environments beside this file: `runtime.lock` (demo, users) and `development.lock` (tests).
+"""Writes the pinned environments beside this file, `runtime.lock` and `development.lock`.
 
-pip resolves what pyproject.toml allows, with the pins below; the answer is stored name by name. torch is written
-without its local version (`+cpu`, `+cu130`), so the same lock file serves every build of it.
+pip resolves what pyproject.toml allows, with the pins below; the answer is stored name by name.
+torch is written without its local version (`+cpu`, `+cu130`): one lock file serves every build.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PINS = ["torch==2.13.0", "transformers==5.23.0"]
 DEVELOPMENT = [
-    "triton==3.7.1", "accelerate", "build", "clang-format", "datasets", "hypothesis", "mypy", "pytest",
-    "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy",
+    "triton==3.7.1", "accelerate", "build", "clang-format", "datasets", "hypothesis", "mypy",
+    "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy",
 ]  # fmt: skip
 
 

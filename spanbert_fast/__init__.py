@@ -26,7 +26,7 @@ _HOMES = {
     "fill_span": "spanbert_fast.tasks.fill",
     "use_backend": "spanbert_fast.ops.dispatch",
 }
-__all__ = [*_HOMES, "__version__", "ops"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__", "ops"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """What travels from data to model: one packed batch.
 
-Legend of shapes, used in the whole package: T packed tokens, B sequences, S padded length, D hidden size, H heads,
-K head size (or slots of a span, next to R), F feed-forward size, M tokens with an MLM label, R spans, N SBO targets,
-V vocabulary.
+Legend of shapes, used in the whole package: T packed tokens, B sequences, S padded length, D hidden
+size, H heads, K head size (or slots of a span, next to R), F feed-forward size, M tokens with an MLM
+label, R spans, N SBO targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 class PackedBatch:
     """Sequences laid end to end, without padding, with their MLM and SBO targets.
 
-    The targets of span r are rows `sbo_cu[r]:sbo_cu[r + 1]` of `sbo_targets`; the offset of a row in its span is
-    `row - sbo_cu[r]` and smaller than the number of slots of the SBO head. The tensors may live on any one device;
-    `max_seqlen` and `num_items` are host numbers, so no step has to synchronise to learn them.
+    The targets of span r are rows `sbo_cu[r]:sbo_cu[r + 1]` of `sbo_targets`; the offset of a row in
+    its span is `row - sbo_cu[r]` and smaller than the number of slots of the SBO head. The tensors
+    may live on any one device; `max_seqlen` and `num_items` are host numbers, so no step has to
+    synchronise to learn them.
     """
 
     input_ids: Tensor
@@ -36,7 +37,7 @@ class PackedBatch:
     max_seqlen: int
     """Length of the longest sequence, or any bound above it."""
     sequence_ids: Tensor
-    """int64 [B]: names a sequence in the dropout stream, so that its masks do not depend on its place in a batch."""
+    """int64 [B]: names a sequence in the dropout stream, wherever it stands in a batch."""
     mlm_positions: Tensor
     """int64 [M], packed positions."""
     mlm_labels: Tensor
@@ -50,15 +51,13 @@ class PackedBatch:
     sbo_targets: Tensor
     """int64 [N], original ids."""
     num_items: int | None = None
-    """MLM labels of the whole step, over all micro-batches and ranks; None: the labels of this batch."""
+    """MLM labels of the whole step, over all micro-batches and ranks; None: those of this batch."""
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> Self:
-        changed = {
-            field.name: convert(value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **changed)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(
+            **{key: convert(v) if isinstance(v, Tensor) else v for key, v in values.items()}
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""

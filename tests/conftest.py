@@ -2,7 +2,7 @@
 
 import os
 
-# Small tensors on two threads spend more time waiting than computing, and one thread makes every run repeatable.
+# Small tensors on two threads spend more time waiting than computing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
