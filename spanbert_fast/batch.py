@@ -1,8 +1,8 @@
 """What travels from data to model: one packed batch.
 
-Legend of shapes, used in the whole package: T packed tokens, B sequences, S padded length, D hidden
-size, H heads, K head size (or slots of a span, next to R), F feed-forward size, M tokens with an MLM
-label, R spans, N SBO targets, V vocabulary.
+Legend of shapes, used in the whole package: T packed tokens, B sequences, S padded length,
+D hidden size, H heads, K head size (or slots of a span, next to R), F feed-forward size,
+M tokens with an MLM label, R spans, N SBO targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 class PackedBatch:
     """Sequences laid end to end, without padding, with their MLM and SBO targets.
 
-    The targets of span r are rows `sbo_cu[r]:sbo_cu[r + 1]` of `sbo_targets`; the offset of a row in
-    its span is `row - sbo_cu[r]` and smaller than the number of slots of the SBO head. The tensors
-    may live on any one device; `max_seqlen` and `num_items` are host numbers, so no step has to
-    synchronise to learn them.
+    The targets of span r are rows `sbo_cu[r]:sbo_cu[r + 1]` of `sbo_targets`; the offset of a row
+    in its span is `row - sbo_cu[r]` and smaller than the number of slots of the SBO head. The
+    tensors may live on any one device; `max_seqlen` and `num_items` are host numbers, so no step
+    has to synchronise to learn them.
     """
 
     input_ids: Tensor
@@ -54,10 +54,12 @@ class PackedBatch:
     """MLM labels of the whole step, over all micro-batches and ranks; None: those of this batch."""
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return type(self)(
-            **{key: convert(v) if isinstance(v, Tensor) else v for key, v in values.items()}
-        )
+        changes: dict[str, Any] = {
+            field.name: convert(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
