@@ -31,7 +31,7 @@ _MICRO_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """Pre-train a model. An option left out comes from the file of `config`, then from the preset."""
+    """Pre-train a model. What is left out comes from the file of `config`, then from the preset."""
 
     data: Path | None = None
     """Folder of token shards that `prepare` wrote. Needed."""
@@ -82,7 +82,7 @@ class PretrainOptions:
     allow_inexact_resume: bool = False
     """Continue a run even if versions, threads or settings changed, so that results may differ."""
     model: dict[str, Value] = field(default_factory=dict)
-    """Fields of the model's configuration that differ from the preset, for example num_hidden_layers 4."""
+    """Fields of the model that differ from the preset, for example num_hidden_layers 4."""
     masking: dict[str, Value] = field(default_factory=dict)
     """Settings of the span masker that differ from its defaults, for example mask_ratio 0.2."""
 

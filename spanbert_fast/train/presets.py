@@ -2,13 +2,14 @@
 
 The paper (Joshi et al. 2020, section 4.2) and the command released with the code disagree:
 
-| setting | paper | released command | here |
-| --- | --- | --- | --- |
-| weight decay | 0.1 | 0.01 | 0.01 |
-| decayed parameters | not said | all | matrices only; all with `reference_optimizer` |
-| Adam's epsilon | not said | 1e-8 | 1e-6; 1e-8 with `reference_optimizer` |
-| decay after warm-up | linear to 0 | linear from step 0, so that it drops at the end of the warm-up | linear to 0 |
-| first update | - | at the peak, the schedule sets the rate after each update | at peak / warm-up steps |
+- weight decay: 0.1 in the paper, 0.01 in the command; here 0.01;
+- decayed parameters: all of them in the command; here matrices only, all with
+  `reference_optimizer`;
+- Adam's epsilon: 1e-8 in the command; here 1e-6, 1e-8 with `reference_optimizer`;
+- decay of the rate: linear to 0 in both, but the command measures it from step 0, so that the rate
+  drops by 0.4 % where the warm-up ends; here the two lines meet at the peak;
+- first update: the command's schedule sets the rate after each update, so that the first update,
+  and the first of every epoch, runs at the peak; here at peak / warm-up steps.
 """
 
 from __future__ import annotations

@@ -1,0 +1,178 @@
+"""Figures of a run: JSON lines are the truth, TensorBoard stands beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.config import Config
+from spanbert_fast.train.events import EvaluationResult, Progress
+
+
+class MetricsLog:
+    """Appends one JSON object per line to `metrics.jsonl` and the same to TensorBoard.
+
+    Lines after `last_step` are cut off first: they come from steps that a resumed run does again.
+    """
+
+    def __init__(self, output: Path, *, last_step: int) -> None:
+        self._path = output / "metrics.jsonl"
+        if self._path.exists():
+            _cut(self._path, last_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(output / "tensorboard"), purge_step=last_step + 1
+        )
+
+    def progress(self, progress: Progress) -> None:
+        """Write a line of kind "train"."""
+        self._write("train", dataclasses.asdict(progress))
+
+    def evaluation(self, step: int, result: EvaluationResult) -> None:
+        """Write a line of kind "evaluation"."""
+        self._write("evaluation", {"step": step, **dataclasses.asdict(result)})
+
+    def sync(self) -> None:
+        """Bring all lines to the disk: before a checkpoint that says they are there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._board.add_scalar(  # type: ignore[no-untyped-call]
+                    f"{kind}/{name}", value, values["step"]
+                )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` that are whole; a killed writer may leave half a last one."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _cut(path: Path, last_step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Meter:
+    """Sums over the steps between two lines; losses stay on the device until they are read."""
+
+    def __init__(self, *, num_steps: int, start_step: int, start_tokens: int, peak: float) -> None:
+        self.tokens = start_tokens
+        """Real tokens since the beginning of the run."""
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._peak = peak
+        self._paused = 0.0
+        self._begun = self._last = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._interval_tokens = 0
+        self._flops = 0.0
+        self._losses: list[Tensor] = []
+
+    def add(self, losses: Tensor, *, tokens: int, flops: float) -> None:
+        """Count one step.
+
+        Args:
+            losses: [3], the step's loss, mean MLM loss and mean SBO loss.
+            tokens: Real tokens of the step.
+            flops: Floating-point operations of the model in the step.
+        """
+        self._losses.append(losses)
+        self._steps += 1
+        self._interval_tokens += tokens
+        self.tokens += tokens
+        self._flops += flops
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was spent on evaluation or saving."""
+        self._paused += seconds
+        self._last += seconds
+
+    def read(self, step: int, epoch: int, learning_rate: float, norm: Tensor) -> Progress:
+        """The means since the last call; `step` steps are done."""
+        loss, mlm_loss, sbo_loss = torch.stack(self._losses).double().mean(0).tolist()
+        now = time.perf_counter()
+        seconds = now - self._last
+        per_step = (now - self._begun - self._paused) / (step - self._start_step)
+        progress = Progress(
+            step=step,
+            num_steps=self._num_steps,
+            epoch=epoch,
+            loss=loss,
+            mlm_loss=mlm_loss,
+            sbo_loss=sbo_loss,
+            learning_rate=learning_rate,
+            gradient_norm=float(norm),
+            tokens=self.tokens,
+            tokens_per_second=self._interval_tokens / seconds,
+            flop_utilisation=self._flops / seconds / self._peak,
+            seconds_left=per_step * (self._num_steps - step),
+        )
+        self._last = now
+        self._reset()
+        return progress
+
+
+def model_flops(config: Config, batch: PackedBatch) -> float:
+    """Multiply-add work, counted as 2 each, of one forward and backward pass over a batch.
+
+    Matrix products only: four projections and two feed-forward products per token and layer, two
+    attention products over the real lengths, and both heads on the rows that have a target. The
+    backward pass counts twice the forward; recomputed activations do not count.
+
+    Args:
+        config: Shape of the model.
+        batch: On the host.
+    """
+    hidden, feed_forward = int(config.hidden_size), int(config.intermediate_size)
+    lengths = batch.cu_seqlens.diff().double()
+    per_token = 4 * hidden**2 + 2 * hidden * feed_forward
+    attention = 2 * hidden * float(lengths.square().sum())
+    encoder = int(config.num_hidden_layers) * (per_token * batch.num_tokens + attention)
+    num_rows = len(batch.mlm_positions) + len(batch.sbo_targets)
+    heads = num_rows * (hidden**2 + hidden * int(config.vocab_size))
+    boundaries = 2 * len(batch.sbo_left) * hidden**2
+    return 3 * 2 * (encoder + heads + boundaries)
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What this machine reaches now on a square matrix product in `dtype`: the best of a few."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        begun = time.perf_counter()
+        product = left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    del product
+    return 2 * size**3 / best
