@@ -1,0 +1,106 @@
+"""Options dataclasses as command lines: flags, positional words and switches, by tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `spanbert-fast`."""
+
+    summary: str
+    options: str
+    """"module:name" of the dataclass, imported when needed."""
+    run: Callable[[Any, bool], int]
+    """Takes the options and whether JSON was asked for; gives the exit status."""
+    positional: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    has_json: bool = False
+
+    def options_class(self) -> type:
+        """The dataclass of the options."""
+        module, _, name = self.options.partition(":")
+        found: type = getattr(importlib.import_module(module), name)
+        return found
+
+
+def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, bool]:
+    """The options in `arguments`, and whether JSON was asked for.
+
+    A mistake ends the program with status 2, `--help` with status 0.
+    """
+    import tyro
+
+    base = command.options_class()
+    hints = typing.get_type_hints(base)
+    fields: list[tuple[str, Any, Any]] = []
+    switches: list[str] = []
+    for field in dataclasses.fields(base):
+        hint, settings = hints[field.name], dict[str, Any]()
+        if field.name in command.renamed:
+            settings["name"] = command.renamed[field.name]
+        if field.name in command.positional:
+            settings["metavar"] = field.name.upper()
+        elif typing.get_origin(hint) is dict:
+            settings |= {"metavar": "[KEY VALUE ...]", "help_behavior_hint": ""}
+        elif type(None) in typing.get_args(hint):
+            settings |= {"metavar": _metavar(hint), "help_behavior_hint": ""}
+            switches += [field.name] if bool in typing.get_args(hint) else []
+        hint = Annotated[hint, tyro.conf.arg(**settings)]
+        if field.name in command.positional:
+            hint = tyro.conf.Positional[hint]
+        fields.append((field.name, hint, _default_of(field)))
+    if command.has_json:
+        flag = Annotated[bool, tyro.conf.arg(help="Print JSON instead of a table.")]
+        fields.append(("json", flag, dataclasses.field(default=False)))
+    shown = dataclasses.make_dataclass(
+        base.__name__, fields, bases=(base,), frozen=True, kw_only=True
+    )
+    shown.__doc__ = base.__doc__
+    given = tyro.cli(
+        shown,
+        args=_spell_out(arguments, switches),
+        prog=f"spanbert-fast {name}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(base)}
+    return base(**values), bool(getattr(given, "json", False))
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, for a field that replaces it."""
+    return dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+
+
+def _metavar(hint: Any) -> str:
+    """How the value of an option that may be left out is written: its type without None."""
+    shown = []
+    for part in typing.get_args(hint):
+        if typing.get_origin(part) is Literal:
+            shown.append("{" + ",".join(map(str, typing.get_args(part))) + "}")
+        elif typing.get_origin(part) is tuple:
+            shown.append(" ".join(item.__name__.upper() for item in typing.get_args(part)))
+        elif part is not type(None):
+            shown.append("[True|False]" if part is bool else part.__name__.upper())
+    return "|".join(shown)
+
+
+def _spell_out(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """`--switch` and `--no-switch` with their value, for switches whose default is open."""
+    flags = {f"--{name.replace('_', '-')}": name for name in switches}
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag = word.replace("_", "-")
+        if flag in flags and following not in ("True", "False"):
+            words += [flag, "True"]
+        elif flag.replace("--no-", "--", 1) in flags and flag.startswith("--no-"):
+            words += [flag.replace("--no-", "--", 1), "False"]
+        else:
+            words.append(word)
+    return words

@@ -1,0 +1,216 @@
+"""The command line: parses, calls the room that does the work, renders what it returns.
+
+Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import spanbert_fast
+from spanbert_fast.arguments import Command, parse
+
+DEBUG_VARIABLE = "SPANBERT_FAST_DEBUG"
+_USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
+
+
+def _run_prepare(options: Any, as_json: bool) -> int:
+    from spanbert_fast import render
+    from spanbert_fast.data.prepare import prepare
+
+    with render.PrepareView() as view:
+        summary = prepare(options, on_event=view)
+    render.prepared(summary, as_json)
+    return 0
+
+
+def _run_pretrain(options: Any, _as_json: bool) -> int:
+    from spanbert_fast import render
+    from spanbert_fast.train.pretrain import pretrain
+
+    with render.PretrainView() as view:
+        pretrain(options, on_event=view)
+    return 0
+
+
+def _run_evaluate(options: Any, as_json: bool) -> int:
+    from spanbert_fast import render
+    from spanbert_fast.train.evaluate import evaluate
+
+    render.evaluation(evaluate(options), as_json)
+    return 0
+
+
+def _run_fill(options: Any, as_json: bool) -> int:
+    from spanbert_fast import render
+    from spanbert_fast.data.tokenizer import load_tokenizer
+    from spanbert_fast.model.pretrained import Model
+    from spanbert_fast.tasks.fill import fill_span
+
+    texts = list(options.text) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    found = fill_span(
+        Model.from_pretrained(options.model),
+        tokenizer,
+        texts,
+        top_k=options.top_k,
+        head=options.head,
+        length=options.length,
+        allow_untrained_heads=options.allow_untrained_heads,
+    )
+    render.filled(texts, found, as_json)
+    return 0
+
+
+def _run_convert(options: Any, as_json: bool) -> int:
+    from spanbert_fast import render
+    from spanbert_fast.convert.fairseq import convert_fairseq
+    from spanbert_fast.convert.huggingface import convert_huggingface
+    from spanbert_fast.data.tokenizer import load_tokenizer
+
+    vocab = options.vocab
+    if vocab is None and (options.source / "vocab.txt").is_file():
+        vocab = str(options.source)
+    tokenizer = None if vocab is None else load_tokenizer(vocab)
+    convert = convert_fairseq if options.source_format == "fairseq" else convert_huggingface
+    paths = (options.source, options.output)
+    render.converted(convert(*paths, config=options.config, tokenizer=tokenizer), as_json)
+    return 0
+
+
+def _run_doctor(_options: Any, as_json: bool) -> int:
+    from spanbert_fast import diagnose, render
+
+    report = diagnose.doctor()
+    render.doctor(report, as_json)
+    return 0 if report.is_healthy else _FAILURE
+
+
+def _run_verify(options: Any, as_json: bool) -> int:
+    from spanbert_fast import diagnose, render
+
+    report = diagnose.verify(options.directory)
+    render.verified(report, as_json)
+    return 0 if report.is_intact else _FAILURE
+
+
+def _run_show(options: Any, as_json: bool) -> int:
+    from spanbert_fast import diagnose, render
+
+    render.shown(diagnose.show(options.directory), as_json)
+    return 0
+
+
+COMMANDS = {
+    "prepare": Command(
+        "turn text into token shards", "spanbert_fast.data.prepare:PrepareOptions", _run_prepare
+    ),
+    "pretrain": Command(
+        "pre-train a model on token shards",
+        "spanbert_fast.train.options:PretrainOptions",
+        _run_pretrain,
+    ),
+    "evaluate": Command(
+        "measure a model on held-out blocks",
+        "spanbert_fast.train.options:EvaluateOptions",
+        _run_evaluate,
+        positional=("model",),
+        has_json=True,
+    ),
+    "fill": Command(
+        "fill runs of [MASK]",
+        "spanbert_fast.tasks.options:FillOptions",
+        _run_fill,
+        positional=("model", "text"),
+        has_json=True,
+    ),
+    "convert": Command(
+        "turn a foreign checkpoint into one of our folders",
+        "spanbert_fast.convert.options:ConvertOptions",
+        _run_convert,
+        positional=("source", "output"),
+        renamed={"source_format": "from"},
+        has_json=True,
+    ),
+    "doctor": Command(
+        "say what this machine offers and test it",
+        "spanbert_fast.diagnose:DoctorOptions",
+        _run_doctor,
+        has_json=True,
+    ),
+    "verify": Command(
+        "check shards, checkpoints and models for damage",
+        "spanbert_fast.diagnose:VerifyOptions",
+        _run_verify,
+        positional=("directory",),
+        has_json=True,
+    ),
+    "show": Command(
+        "say what a folder holds and how it was made",
+        "spanbert_fast.diagnose:ShowOptions",
+        _run_show,
+        positional=("directory",),
+        has_json=True,
+    ),
+}
+
+
+def usage() -> str:
+    """The text of `spanbert-fast --help`."""
+    lines = ["usage: spanbert-fast [--help] [--version] COMMAND ...", "", "commands:"]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`spanbert-fast COMMAND --help` lists the options of a command."]
+    return "\n".join(lines) + "\n"
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    """Parse and run; mistakes of the user become one line and status 2, failed runs status 1."""
+    command = COMMANDS[name]
+    try:
+        options, as_json = parse(command, name, arguments)
+        return command.run(options, as_json)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; without this the interpreter would complain once more when it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILURE
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {' '.join(str(error).split()) or type(error).__name__}\n")
+        return _FAILURE if isinstance(error, RuntimeError) else _USER_ERROR
+
+
+def _print_warning(
+    message: Warning | str, _category: object, _file: str, _line: int, *_rest: object
+) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 after a failed run, 2 after a user's mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("--help", "-h", "help"):
+        sys.stdout.write(usage())
+        return 0 if words else _USER_ERROR
+    if words[0] == "--version":
+        sys.stdout.write(f"spanbert-fast {spanbert_fast.__version__}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        sys.stderr.write(
+            f"error: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}\n"
+        )
+        return _USER_ERROR
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        return _run_command(words[0], words[1:])

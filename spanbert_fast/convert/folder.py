@@ -1,0 +1,192 @@
+"""Write tensors under our names as one of our folders, or say exactly why they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spanbert_fast.config import HEADS, Config
+from spanbert_fast.model.pretrained import Model
+
+_LAYER_NORM_NAMES = {"gamma": "weight", "beta": "bias"}
+_HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What became of a foreign checkpoint."""
+
+    source: Path
+    output: Path
+    num_parameters: int
+    max_span_targets: int
+    """K of the SBO head."""
+    untrained_heads: tuple[str, ...]
+    """Heads that the source did not hold; their weights are random."""
+    ignored: tuple[str, ...]
+    """Entries of the source that a SpanBERT has no place for."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a configuration file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}; give it with --config")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def plain_names(
+    tensors: Mapping[str, Tensor], replacements: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors with their prefixes replaced and LayerNorm's gamma and beta as weight and bias.
+
+    Raises:
+        ValueError: two tensors would have the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for old, new in replacements.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        stem, _, last = name.rpartition(".")
+        plain = f"{stem}.{_LAYER_NORM_NAMES.get(last, last)}" if stem else name
+        if plain in renamed:
+            raise ValueError(f"two tensors claim the name {plain}")
+        renamed[plain] = tensor
+    return renamed
+
+
+def write_folder(
+    source: Path,
+    output: Path,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    skipped: tuple[str, ...] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Conversion:
+    """Build the model, check every shape, write the folder; `output` appears whole or not at all.
+
+    Args:
+        source: where the tensors came from, for messages.
+        output: the new folder; must not exist or be empty.
+        values: fields of the configuration.
+        tensors: by our names; what is tied may stand there once or several times.
+        skipped: entries of the source that were no tensors, for the report.
+        tokenizer: saved into the folder.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+        ValueError: a tensor of the encoder or a part of a head is missing, or a shape is wrong.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty")
+    # Fixed draws for heads the source lacks: the same source gives the same bytes.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Model(Config.from_dict({**values, "untrained_heads": [], "dtype": "float32"}))
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}"
+        )
+    untrained, ignored = _fill(source, model, tensors)
+    model.config.untrained_heads = list(untrained)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}_", dir=output.parent))
+    try:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        os.replace(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Conversion(
+        source=source,
+        output=output,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        max_span_targets=model.config.max_span_targets,
+        untrained_heads=untrained,
+        ignored=tuple(sorted([*ignored, *skipped])),
+    )
+
+
+@torch.no_grad()
+def _fill(
+    source: Path, model: Model, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Copy the tensors in; the heads that found none, and the names without a place."""
+    places: dict[int, list[str]] = {}
+    targets = model.state_dict(keep_vars=True)
+    for name, target in targets.items():
+        places.setdefault(id(target), []).append(name)
+    ignored = sorted(set(tensors) - set(targets))
+    for name in ignored:
+        if name.startswith("bert.encoder."):
+            raise ValueError(f"{source}: {name} has no place in a model of this configuration")
+    missing: list[str] = []
+    for names in places.values():
+        given = [name for name in names if name in tensors]
+        if not given:
+            missing.append(names[0])
+            continue
+        for name in given:
+            value, shape = tensors[name], tuple(targets[name].shape)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{source}: {name} has shape {tuple(value.shape)}, the configuration says "
+                    f"{shape}"
+                )
+            if not torch.equal(value, tensors[given[0]]):
+                raise ValueError(f"{source}: {name} and {given[0]} are one tensor here, but differ")
+        targets[names[0]].copy_(tensors[given[0]])
+    return _untrained_heads(source, missing, targets), ignored
+
+
+def _untrained_heads(
+    source: Path, missing: list[str], targets: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """The heads that are missing altogether; anything else that is missing raises."""
+    untrained: list[str] = []
+    for head in HEADS:
+        prefix = _HEAD_PREFIXES[head]
+        own = {name for name in missing if name.startswith(prefix)}
+        shared = {id(target) for name, target in targets.items() if name.startswith("bert.")}
+        whole = {
+            name
+            for name, target in targets.items()
+            if name.startswith(prefix) and id(target) not in shared
+        }
+        if own and len(own) < len({id(targets[name]) for name in whole}):
+            raise ValueError(f"{source}: the {head} head is incomplete, missing {sorted(own)}")
+        if own:
+            untrained.append(head)
+        missing = [name for name in missing if name not in own]
+    if missing:
+        raise ValueError(
+            f"{source}: the encoder is incomplete, {len(missing)} tensors are missing: "
+            f"{', '.join(missing[:5])}"
+        )
+    return tuple(untrained)

@@ -1,0 +1,297 @@
+"""Fill runs of [MASK] with their most probable spans, by the MLM head, the SBO head, or both.
+
+Shapes: M masked tokens that the MLM head scores, N that the span boundary head (SBO) scores,
+V vocabulary, W entries that may fill, n length of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.model.pretrained import Model
+from spanbert_fast.tasks.mask_runs import (
+    HeadChoice,
+    HeadName,
+    MaskRun,
+    choose_heads,
+    find_runs,
+    try_lengths,
+)
+from spanbert_fast.tasks.ranking import k_best
+
+
+class FilledSpan(NamedTuple):
+    """One candidate for one run of [MASK]."""
+
+    text: str
+    """The candidate; a leading `##` is kept, it says that the word before goes on."""
+    token_ids: tuple[int, ...]
+    log_probability: float
+    """Sum over the tokens of the logarithm of `token_probabilities`."""
+    token_probabilities: tuple[float, ...]
+    start: int
+    """Character offset, in the given text, of the first [MASK] of the run."""
+    end: int
+    """Character offset just past the last [MASK] of the run."""
+    head: HeadName
+    """The heads that gave the probabilities."""
+    text_index: int = 0
+    """Which of the given texts the offsets belong to."""
+
+
+def fill_span(
+    model: Model,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    *,
+    top_k: int = 5,
+    head: HeadChoice = "auto",
+    length: tuple[int, int] | None = None,
+    allow_untrained_heads: bool = False,
+) -> list[list[FilledSpan]]:
+    """The `top_k` most probable fillings of every run of [MASK], best first.
+
+    A run is a maximal sequence of mask tokens. Each position of a run has one distribution over the
+    vocabulary, and the score of a candidate is the product over the positions. The `top_k` best of
+    all sequences of ordinary vocabulary entries (special tokens never fill) are found exactly. All
+    texts go through one unpadded forward pass.
+
+    `head="mlm"` and `"sbo"` use one head. `"auto"` uses every trained head that applies to the run;
+    where both do, their log-probabilities are added at each position and normalised again over the
+    vocabulary, so that a score stays a probability and lengths stay comparable. The span boundary
+    head (SBO) applies where the run has an ordinary token on either side and at most
+    `config.max_span_targets` tokens.
+
+    Args:
+        model: its training mode is left as it was; dropout is off meanwhile.
+        tokenizer: a fast Hugging Face tokenizer with a mask token, as `load_tokenizer` gives it.
+        text: one text or several.
+        top_k: candidates per run; fewer come back only where fewer exist.
+        head: "auto", "mlm" or "sbo".
+        length: shortest and longest filling, in tokens. Each text must then hold a single [MASK];
+            every length is tried, all with the same heads, and candidates are ranked by the mean of
+            their tokens' log-probabilities.
+        allow_untrained_heads: use heads listed in `config.untrained_heads`, too; they are random.
+
+    Returns:
+        One list per run, in the order of the texts and, in a text, from left to right.
+        `FilledSpan.text_index`, `start` and `end` say which characters a candidate replaces.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
+        ValueError: a text without [MASK] or longer than the model allows, an argument out of range,
+            an untrained head, or `head="sbo"` where that head does not apply.
+    """
+    texts = _check_arguments(model, tokenizer, text, top_k, head, length)
+    sequences, runs = find_runs(tokenizer, texts)
+    if length is not None:
+        sequences, runs = try_lengths(sequences, runs, length, tokenizer.mask_token_id)
+    _check_sequences(model, sequences, runs)
+    special_ids = set(tokenizer.all_special_ids)
+    heads = choose_heads(
+        model.config,
+        sequences,
+        runs,
+        head,
+        special_ids=special_ids,
+        allow_untrained=allow_untrained_heads,
+    )
+    known = range(min(len(tokenizer), model.config.vocab_size))
+    fillers = torch.tensor([entry for entry in known if entry not in special_ids])
+    found: list[list[FilledSpan]] = [[] for _ in heads]
+    for run, scores in zip(runs, _score(model, sequences, runs, heads), strict=True):
+        found[run.group] += _candidates(tokenizer, run, heads[run.group], scores, fillers, top_k)
+    return [sorted(spans, key=_mean_log_probability, reverse=True)[:top_k] for spans in found]
+
+
+def _check_arguments(
+    model: object, tokenizer: Any, text: object, top_k: object, head: object, length: object
+) -> list[str]:
+    """The texts as a list, once every argument has been found valid."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model must be a spanbert_fast Model (Model.from_pretrained reads Hugging Face "
+            f"folders too), not {type(model).__name__}"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer must be a fast tokenizer, which knows character offsets, "
+            f"not {type(tokenizer).__name__}"
+        )
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, not {top_k!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if head not in get_args(HeadChoice):
+        raise ValueError(f"head must be one of {', '.join(get_args(HeadChoice))}, not {head!r}")
+    _check_length(length)
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
+        raise TypeError(f"text must be a str or a sequence of str, not {text!r:.80}")
+    if not texts:
+        raise ValueError("text holds no text")
+    return list(texts)
+
+
+def _check_length(length: object) -> None:
+    if length is None:
+        return
+    whole = isinstance(length, tuple | list) and all(type(bound) is int for bound in length)
+    if not whole or len(length) != 2:  # type: ignore[arg-type]
+        raise TypeError(f"length must be (shortest, longest), two ints, not {length!r}")
+    shortest, longest = length  # type: ignore[misc]
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"length must satisfy 1 <= shortest <= longest, not {length!r}")
+
+
+def _check_sequences(model: Model, sequences: Sequence[list[int]], runs: Sequence[MaskRun]) -> None:
+    limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    for run in runs:
+        ids = sequences[run.sequence]
+        if len(ids) > limit:
+            raise ValueError(
+                f"text {run.text_index} has {len(ids)} tokens with its special tokens, the model "
+                f"allows {limit}"
+            )
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"text {run.text_index} has token id {max(ids)}, the model knows ids below "
+                f"{vocab_size}: the tokenizer is not this model's"
+            )
+
+
+@contextmanager
+def _inference(model: Model) -> Iterator[None]:
+    """No dropout and no gradients inside; every module's mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _pack(
+    model: Model,
+    sequences: Sequence[list[int]],
+    runs: Sequence[MaskRun],
+    heads: Sequence[HeadName],
+) -> PackedBatch:
+    """All sequences end to end, with the positions that each head is asked about."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    firsts = [int(cu[run.sequence]) + run.first for run in runs]
+    by_mlm = [
+        position
+        for run, first in zip(runs, firsts, strict=True)
+        if "mlm" in heads[run.group]
+        for position in range(first, first + run.length)
+    ]
+    by_sbo = [(f, r.length) for f, r in zip(firsts, runs, strict=True) if "sbo" in heads[r.group]]
+    sizes = torch.tensor([size for _, size in by_sbo], dtype=torch.int64)
+    input_ids = torch.tensor([token for ids in sequences for token in ids])
+    batch = PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.cat([torch.arange(len(ids)) for ids in sequences]),
+        token_type_ids=torch.zeros_like(input_ids),
+        cu_seqlens=cu.int(),
+        max_seqlen=int(lengths.max()),
+        sequence_ids=torch.arange(len(sequences)),
+        mlm_positions=torch.tensor(by_mlm, dtype=torch.int64),
+        mlm_labels=torch.zeros(len(by_mlm), dtype=torch.int64),
+        sbo_left=torch.tensor([first - 1 for first, _ in by_sbo], dtype=torch.int64),
+        sbo_right=torch.tensor([first + size for first, size in by_sbo], dtype=torch.int64),
+        sbo_cu=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int(),
+        sbo_targets=torch.zeros(int(sizes.sum()), dtype=torch.int64),
+    )
+    return batch.to(model.device)
+
+
+def _score(
+    model: Model,
+    sequences: Sequence[list[int]],
+    runs: Sequence[MaskRun],
+    heads: Sequence[HeadName],
+) -> list[Tensor]:
+    """Log-probabilities [n, V] of each run; only masked rows meet a decoder."""
+    batch = _pack(model, sequences, runs, heads)
+    scores: dict[str, Iterator[Tensor]] = {}
+    with _inference(model):
+        hidden = model.bert.encode_packed(batch).last_hidden_state
+        for name in ("mlm", "sbo"):
+            sizes = [run.length for run in runs if name in heads[run.group]]
+            if not sizes:
+                continue
+            if name == "mlm":
+                logits = model.cls.mlm_logits(hidden.index_select(0, batch.mlm_positions))
+            else:
+                logits = model.cls.sbo_logits(hidden, batch)
+            scores[name] = iter(_log_softmax(logits).split(sizes))
+    result = []
+    for run in runs:
+        parts = [next(rows) for name, rows in scores.items() if name in heads[run.group]]
+        result.append(parts[0] if len(parts) == 1 else _log_softmax(parts[0] + parts[1]))
+    return result
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in fp32 or better, on the CPU."""
+    wide = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError("the model's predictions are not finite: its weights are damaged")
+    return wide.log_softmax(-1)
+
+
+def _candidates(
+    tokenizer: Any, run: MaskRun, head: HeadName, scores: Tensor, fillers: Tensor, top_k: int
+) -> list[FilledSpan]:
+    """The `top_k` best sequences for a run with log-probabilities [n, V]; fillers int64 [W]."""
+    # A sequence among the k best takes each token from the k best of its position.
+    best = scores[:, fillers].double().topk(min(top_k, len(fillers)), dim=1)
+    values, entries = best.values.tolist(), fillers[best.indices].tolist()
+    spans = []
+    for log_probability, ranks in k_best(values, top_k):
+        token_ids = tuple(row[rank] for row, rank in zip(entries, ranks, strict=True))
+        logs = torch.tensor([row[rank] for row, rank in zip(values, ranks, strict=True)])
+        spans.append(
+            FilledSpan(
+                text=_surface(tokenizer, token_ids),
+                token_ids=token_ids,
+                log_probability=log_probability,
+                token_probabilities=tuple(logs.exp().tolist()),
+                start=run.start,
+                end=run.end,
+                head=head,
+                text_index=run.text_index,
+            )
+        )
+    return spans
+
+
+def _surface(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The tokens as text, joined where the tokenizer joins them and otherwise unchanged."""
+    tokens = tokenizer.convert_ids_to_tokens(list(token_ids))
+    decoder = tokenizer.backend_tokenizer.decoder
+    prefix = getattr(decoder, "prefix", None)
+    if prefix is None:
+        return str(tokenizer.convert_tokens_to_string(tokens))
+    # WordPiece's own decoder also rewrites spaces around punctuation, which the text may have.
+    words = tokens[:1] + [
+        token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+        for token in tokens[1:]
+    ]
+    return "".join(words)
+
+
+def _mean_log_probability(span: FilledSpan) -> float:
+    return span.log_probability / len(span.token_ids)
