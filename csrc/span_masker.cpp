@@ -1,0 +1,118 @@
+#include "span_masker.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "parallel.h"
+#include "sequence_masker.h"
+
+namespace spanbert_fast {
+namespace {
+
+// Masks sequences [begin, end) of the batch.
+SPANBERT_FAST_CLONES
+void mask_sequences(const SpanMasker& masker, const PackedInput& input, std::uint32_t epoch,
+                    std::size_t begin, std::size_t end, std::int32_t* out, MaskedTargets& targets) {
+  SequenceMasker engine(masker, epoch, targets);
+  auto tagged = std::lower_bound(
+      input.tagged.begin(), input.tagged.end(), begin < end ? input.cu[begin] : 0,
+      [](const TaggedSpan& span, std::int32_t position) { return span.begin < position; });
+  for (std::size_t index = begin; index < end; ++index) {
+    const auto first_tagged = tagged;
+    while (tagged != input.tagged.end() && tagged->begin < input.cu[index + 1]) ++tagged;
+    engine.mask(Sequence<std::int32_t, std::int32_t>{
+        .tokens = input.tokens + input.cu[index],
+        .length = input.cu[index + 1] - input.cu[index],
+        .out = out + input.cu[index],
+        .packed_begin = input.cu[index],
+        .example_id = input.example_ids[index],
+        .tagged = {first_tagged, tagged},
+    });
+  }
+}
+
+}  // namespace
+
+void MaskedTargets::append(const MaskedTargets& next) {
+  const auto rows = static_cast<std::int32_t>(sbo_targets.size());
+  mlm_positions.append(next.mlm_positions);
+  mlm_labels.append(next.mlm_labels);
+  sbo_left.append(next.sbo_left);
+  sbo_right.append(next.sbo_right);
+  sbo_targets.append(next.sbo_targets);
+  std::int32_t* const ends = sbo_ends.extend(next.sbo_ends.size());
+  for (std::int64_t i = 0; i < next.sbo_ends.size(); ++i) ends[i] = rows + next.sbo_ends.data()[i];
+}
+
+SpanMasker::SpanMasker(std::vector<std::uint8_t> token_flags,
+                       std::vector<std::int32_t> replacement_ids, MaskerOptions options)
+    : token_flags_(std::move(token_flags)),
+      replacement_ids_(std::move(replacement_ids)),
+      options_(std::move(options)),
+      first_length_(256) {
+  check();
+  token_flags_.push_back(kUnknown);
+  if (options_.scheme == Scheme::kTokens) {
+    for (auto& flags : token_flags_) flags |= kWordStart;
+  }
+  auto& thresholds = options_.length_thresholds;
+  for (std::uint64_t byte = 0; byte < 256; ++byte) {
+    const auto above = std::upper_bound(thresholds.begin(), thresholds.end(), byte << 24);
+    first_length_[byte] = static_cast<std::uint32_t>(above - thresholds.begin());
+  }
+  thresholds.push_back(std::uint64_t{1} << 32);
+}
+
+void SpanMasker::check() const {
+  const std::int64_t size = static_cast<std::int64_t>(token_flags_.size());
+  const auto& thresholds = options_.length_thresholds;
+  if (!(options_.mask_ratio > 0 && options_.mask_ratio < 1) || options_.min_span_words < 1 ||
+      options_.max_span_targets < 1 || options_.rejections_per_token < 0 ||
+      options_.tag_threshold >> 32 > 1 || options_.mask_token_id < 0 ||
+      options_.mask_token_id >= size || replacement_ids_.empty() ||
+      !std::is_sorted(thresholds.begin(), thresholds.end())) {
+    throw std::invalid_argument("SpanMasker has an option out of range");
+  }
+  for (std::size_t index = 0; index < replacement_ids_.size(); ++index) {
+    const std::int64_t id = replacement_ids_[index];
+    const bool is_known = id >= 0 && id < size;
+    if (!is_known || id == options_.mask_token_id ||
+        (token_flags_[static_cast<std::size_t>(id)] & kSpecial) != 0) {
+      throw std::invalid_argument("replacement_ids[" + std::to_string(index) + "] is " +
+                                  std::to_string(id) +
+                                  (is_known ? ", must be neither special nor mask_token_id"
+                                            : ", must be in [0, " + std::to_string(size) + ")"));
+    }
+  }
+}
+
+MaskedTargets SpanMasker::mask(const PackedInput& input, std::uint32_t epoch, std::int32_t* out,
+                               std::size_t num_threads) const {
+  const std::vector<std::size_t> parts = split_evenly(input.cu, num_threads);
+  std::vector<MaskedTargets> targets(parts.size() - 1);
+  run_parallel(targets.size(), [&](std::size_t part) {
+    mask_sequences(*this, input, epoch, parts[part], parts[part + 1], out, targets[part]);
+  });
+  return concatenate(targets);
+}
+
+std::vector<std::size_t> split_evenly(std::span<const std::int32_t> cu, std::size_t num_parts) {
+  const std::size_t num_sequences = cu.size() - 1;
+  num_parts = std::clamp<std::size_t>(num_sequences, 1, num_parts);
+  std::vector<std::size_t> bounds(num_parts + 1, 0);
+  for (std::size_t part = 1; part < num_parts; ++part) {
+    const auto target =
+        static_cast<std::int32_t>(static_cast<std::uint64_t>(cu.back()) * part / num_parts);
+    const auto bound = std::lower_bound(cu.begin(), cu.end() - 1, target);
+    bounds[part] = static_cast<std::size_t>(bound - cu.begin());
+  }
+  bounds[num_parts] = num_sequences;
+  return bounds;
+}
+
+MaskedTargets concatenate(std::vector<MaskedTargets>& parts) {
+  for (std::size_t part = 1; part < parts.size(); ++part) parts[0].append(parts[part]);
+  return std::move(parts[0]);
+}
+
+}  // namespace spanbert_fast
