@@ -29,9 +29,7 @@ class MetricsLog:
         if self._path.exists():
             _cut(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(output / "tensorboard"), purge_step=last_step + 1
-        )
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=last_step + 1)
 
     def progress(self, progress: Progress) -> None:
         """Write a line of kind "train"."""
@@ -49,16 +47,14 @@ class MetricsLog:
     def close(self) -> None:
         """Close both files."""
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, float):
-                self._board.add_scalar(  # type: ignore[no-untyped-call]
-                    f"{kind}/{name}", value, values["step"]
-                )
+                self._board.add_scalar(f"{kind}/{name}", value, values["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
