@@ -1,0 +1,254 @@
+"""The encoder with `BertModel`'s signature, and what all our Hugging Face classes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.config import Config
+from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer, Layout
+from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+class SpanBertPreTrainedModel(PreTrainedModel):
+    """Initialisation, attention choice and activation checkpointing of our models."""
+
+    config: Config
+    config_class = Config
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Embeddings", "Layer"]  # noqa: RUF012  (Hugging Face's attribute)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # The output biases are parameters of their own, which Hugging Face's rule does not reach.
+        if isinstance(bias := module._parameters.get("bias"), Tensor) and not hasattr(
+            module, "weight"
+        ):
+            init.zeros_(bias)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *_: Any, **__: Any
+    ) -> str:
+        # Never a silent fallback: what we do not have is refused before Hugging Face looks for it.
+        return self.get_correct_attn_implementation(attn_implementation)
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """The name of the attention to use.
+
+        Raises:
+            ValueError: It is neither "sdpa" nor "eager".
+        """
+        requested = requested_attention or "sdpa"
+        if requested not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation must be one of {ATTENTION_IMPLEMENTATIONS}, got {requested!r}"
+            )
+        return requested
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recomputes activations in the backward pass; arguments as in Hugging Face."""
+        # transformers 5.22 knows this switch by its old name only.
+        parent = super()
+        old = parent.gradient_checkpointing_enable
+        getattr(parent, "activation_checkpointing_enable", old)(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keeps activations for the backward pass."""
+        parent = super()
+        old = parent.gradient_checkpointing_disable
+        getattr(parent, "activation_checkpointing_disable", old)()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = torch.utils.checkpoint.checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        layers = [module for module in self.modules() if isinstance(module, Layer)]
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = enable and index % every_n_layers == 0
+            layer._gradient_checkpointing_func = gradient_checkpointing_func
+
+
+class Backbone(SpanBertPreTrainedModel):
+    """Embeddings and layers, without a pooler: `model.bert`, a stand-in for `BertModel`."""
+
+    base_model_prefix = "bert"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of word vectors."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the table of word vectors."""
+        self.embeddings.word_embeddings = value
+
+    def encode_packed(
+        self,
+        batch: PackedBatch,
+        *,
+        inputs_embeds: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> EncoderOutput:
+        """Hidden states of the packed rows; no host synchronisation with the "sdpa" attention.
+
+        Args:
+            batch: The rows; its targets are not looked at.
+            inputs_embeds: [T, D] instead of `batch.input_ids`.
+            dropout_seed: int64 scalar; None: drawn from torch's default generator, if there is dropout.
+            output_hidden_states: Whether to return all of them; None: as the configuration says.
+            output_attentions: Whether to return probabilities; only the "eager" attention has them.
+
+        Raises:
+            ValueError: Probabilities are asked of the "sdpa" attention.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                'output_attentions=True needs attn_implementation="eager", '
+                f"got {self.config._attn_implementation!r}"
+            )
+        seed = self._dropout_seed(dropout_seed, batch.cu_seqlens.device)
+        layout = Layout(batch.cu_seqlens, batch.max_seqlen, batch.sequence_ids, seed)
+        hidden = self.embeddings(
+            batch.input_ids, batch.position_ids, batch.token_type_ids, layout, inputs_embeds
+        )
+        output: EncoderOutput = self.encoder(
+            hidden, layout, bool(output_hidden_states), bool(output_attentions)
+        )
+        return output
+
+    def _dropout_seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
+        config = self.config
+        if not self.training or not (
+            config.hidden_dropout_prob or config.attention_probs_dropout_prob
+        ):
+            return None
+        if seed is None:
+            return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+        if seed.shape != () or seed.dtype != torch.int64:
+            raise ValueError(
+                f"dropout_seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}"
+            )
+        return seed.to(device, non_blocking=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: object | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        dropout_seed: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """The last hidden state [B, S, D], zero in the padding; `pooler_output` is None.
+
+        The arguments are those of `BertModel`; see `pack_inputs` for the shapes, padded and packed.
+
+        Raises:
+            ValueError: A shape or a value does not fit, or a decoder's argument is given.
+        """
+        refuse_decoder_arguments(
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache or None,
+        )
+        check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        inputs = pack_inputs(
+            self.config,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+        )
+        encoded = self.encode_packed(
+            inputs.batch,
+            inputs_embeds=inputs.inputs_embeds,
+            dropout_seed=dropout_seed,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden_states, attentions = unpack_states(inputs, encoded)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=inputs.unpack(encoded.last_hidden_state),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+def unpack_states(
+    inputs: PackedInputs, encoded: EncoderOutput
+) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """All hidden states [B, S, D] and attention probabilities [B, H, S, S], as far as there are any."""
+    states, attentions = encoded.hidden_states, encoded.attentions
+    return (
+        None if states is None else tuple(inputs.unpack(state) for state in states),
+        None if attentions is None else tuple(inputs.unpack_attention(p) for p in attentions),
+    )
+
+
+def refuse_decoder_arguments(**arguments: object) -> None:
+    """Raises ValueError if any argument is given: this is an encoder."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None: this encoder has no decoder and no cache")
+
+
+def check_key_boundaries(
+    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
+) -> None:
+    """Raises ValueError if keys are laid out in another way than queries.
+
+    Args:
+        cu_q: Boundaries of the queries.
+        cu_k: Boundaries of the keys; None or the same ones.
+        max_q: Length of the longest query sequence.
+        max_k: Length of the longest key sequence; None or the same one.
+    """
+    if cu_k is not None and (cu_q is None or not torch.equal(cu_q, cu_k)):
+        raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q ({cu_q}), got {cu_k}")
+    if max_k is not None and max_k != max_q:
+        raise ValueError(f"max_length_k must equal max_length_q ({max_q}), got {max_k}")

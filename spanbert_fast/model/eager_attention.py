@@ -1,0 +1,61 @@
+"""Attention written out, for those who want to see its probabilities (`attn_implementation="eager"`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spanbert_fast.ops.random import attention_keep_mask, dropout_threshold
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Mixed values [T, H, K] and probabilities [B, H, S, S], zero outside a sequence.
+
+    The same numbers as `ops.attention.varlen_attention`, dropout included, one sequence at a time; the probabilities
+    are those that were applied, so with dropout in them, as Hugging Face returns them.
+
+    Args:
+        query: [T, H, K], as `key` and `value`.
+        key: See `query`.
+        value: See `query`.
+        cu_seqlens: int32 [B + 1].
+        max_seqlen: S, at least the length of the longest sequence.
+        scale: Factor of the scores.
+        dropout_p: Probability that a probability is dropped.
+        seed: int64 scalar, needed if `dropout_p` is not zero.
+        sequence_ids: int64 [B], needed if `dropout_p` is not zero.
+        site: Place of this dropout in the model.
+    """
+    bounds = cu_seqlens.tolist()
+    num_sequences, num_heads = len(bounds) - 1, query.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    shape = (num_sequences, num_heads, max_seqlen, max_seqlen)
+    padded, mixed = [], []
+    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        rows = [tensor[start:end].transpose(0, 1).to(wide) for tensor in (query, key, value)]
+        weights = torch.softmax(rows[0] @ rows[1].transpose(1, 2) * scale, dim=-1)
+        if dropout_p:
+            assert seed is not None
+            assert sequence_ids is not None
+            length, threshold = end - start, dropout_threshold(dropout_p)
+            keep = attention_keep_mask(
+                num_heads, length, length, int(sequence_ids[index]), dropout_p, seed, site
+            )
+            weights = weights * keep * (65536 / (65536 - threshold))
+        mixed.append((weights @ rows[2]).transpose(0, 1).to(query.dtype))
+        margin = max_seqlen - (end - start)
+        padded.append(torch.nn.functional.pad(weights, (0, margin, 0, margin)))
+    probabilities = torch.stack(padded) if padded else query.new_zeros(shape)
+    return torch.cat([query[:0], *mixed]), probabilities.to(query.dtype)

@@ -1,0 +1,261 @@
+"""The BERT encoder on packed rows, under the tensor names that every BERT checkpoint uses.
+
+The modules own parameters; the arithmetic is in `ops`. Shapes: T packed tokens, B sequences, D hidden size, H heads,
+K head size, F feed-forward size, S length of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spanbert_fast.config import Config
+from spanbert_fast.model.eager_attention import eager_attention
+from spanbert_fast.ops.activation import bias_gelu
+from spanbert_fast.ops.attention import varlen_attention
+from spanbert_fast.ops.embedding import bert_embedding
+from spanbert_fast.ops.norm import dropout_add_layer_norm
+
+
+class Layout(NamedTuple):
+    """Where the sequences lie in the packed rows, and what their dropout masks are drawn from."""
+
+    cu_seqlens: Tensor
+    """int32 [B + 1]."""
+    max_seqlen: int
+    """Length of the longest sequence, or any bound above it."""
+    sequence_ids: Tensor
+    """int64 [B]."""
+    seed: Tensor | None
+    """int64 scalar; None: no dropout."""
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder computed for the packed rows."""
+
+    last_hidden_state: Tensor
+    """[T, D]."""
+    hidden_states: tuple[Tensor, ...] | None
+    """The embedding and the output of each layer, [T, D] each, if asked for."""
+    attentions: tuple[Tensor, ...] | None
+    """Attention probabilities of each layer, [B, H, S, S], zero in the padding, if asked for."""
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does and nothing else.
+
+    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when it is called. In
+    all these cases it has to be called; otherwise its weight may go to a fused operation directly.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and token type vectors, normalised."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout_p = float(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        layout: Layout,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The hidden states [T, D] that enter the first layer; `inputs_embeds` [T, D] replace word vectors."""
+        words: Tensor | None = inputs_embeds
+        if words is None and not is_plain(self.word_embeddings, nn.Embedding):
+            words = self.word_embeddings(input_ids)
+        if words is None:
+            assert input_ids is not None
+            ids, table = input_ids, self.word_embeddings.weight
+        else:
+            # Given vectors are a table in which token t stands in row t.
+            ids, table = torch.arange(words.shape[0], device=words.device), words
+        return bert_embedding(
+            ids,
+            position_ids,
+            token_type_ids,
+            table,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            dropout_p=0.0 if layout.seed is None else self.dropout_p,
+            seed=layout.seed,
+            sequence_ids=layout.sequence_ids,
+            cu_seqlens=layout.cu_seqlens,
+            site=0,
+        )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention inside each sequence."""
+
+    def __init__(self, config: Config, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout_p = float(config.attention_probs_dropout_prob)
+        self.site = 1 + 3 * layer_index
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        owners = (self.query, self.key, self.value)
+        if all(is_plain(owner, nn.Linear) for owner in owners):
+            weight = torch.cat([owner.weight for owner in owners])
+            bias = torch.cat([owner.bias for owner in owners])
+            return functional.linear(hidden, weight, bias).chunk(3, dim=-1)
+        return tuple(owner(hidden) for owner in owners)
+
+    def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Mixed values [T, D]; from the eager implementation also probabilities [B, H, S, S]."""
+        heads = (self.num_heads, self.head_size)
+        query, key, value = (rows.unflatten(-1, heads) for rows in self._project(hidden))
+        arguments: dict[str, Any] = {
+            "scale": self.head_size**-0.5,
+            "dropout_p": 0.0 if layout.seed is None else self.dropout_p,
+            "seed": layout.seed,
+            "sequence_ids": layout.sequence_ids,
+            "site": self.site,
+        }
+        boundaries = (layout.cu_seqlens, layout.max_seqlen)
+        if self.config._attn_implementation == "eager":
+            mixed, probabilities = eager_attention(query, key, value, *boundaries, **arguments)
+            return mixed.flatten(-2), probabilities
+        return varlen_attention(query, key, value, *boundaries, **arguments).flatten(-2), None
+
+
+class ResidualOutput(nn.Module):
+    """A product whose result is dropped out, added to the residual stream and normalised."""
+
+    def __init__(self, config: Config, input_size: int, site: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = float(config.hidden_dropout_prob)
+        self.site = site
+
+    def forward(self, rows: Tensor, residual: Tensor, layout: Layout) -> Tensor:
+        """[T, input size] and the residual stream [T, D] -> the new residual stream [T, D]."""
+        return dropout_add_layer_norm(
+            self.dense(rows),
+            residual,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            dropout_p=0.0 if layout.seed is None else self.dropout_p,
+            seed=layout.seed,
+            sequence_ids=layout.sequence_ids,
+            cu_seqlens=layout.cu_seqlens,
+            site=self.site,
+        )
+
+
+class Attention(nn.Module):
+    """Self-attention and its output; `self` is BERT's own name for the former."""
+
+    def __init__(self, config: Config, layer_index: int) -> None:
+        super().__init__()
+        self.self = SelfAttention(config, layer_index)
+        self.output = ResidualOutput(config, config.hidden_size, site=2 + 3 * layer_index)
+
+    def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [T, D] after attention, and the probabilities, if there are any."""
+        mixed, probabilities = self.self(hidden, layout)
+        return self.output(mixed, hidden, layout), probabilities
+
+
+class Intermediate(nn.Module):
+    """The wide half of the feed-forward block."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, F]."""
+        return linear_gelu(self.dense, hidden)
+
+
+def linear_gelu(dense: nn.Module, rows: Tensor) -> Tensor:
+    """GELU of `dense(rows)`; a plain product leaves its bias to the fused activation."""
+    if is_plain(dense, nn.Linear):
+        assert isinstance(dense, nn.Linear)
+        return bias_gelu(functional.linear(rows, dense.weight), dense.bias)
+    return functional.gelu(dense(rows))
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer."""
+
+    # Set by Hugging Face's switch; its own base class for layers would tie this file to transformers.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]
+
+    def __init__(self, config: Config, layer_index: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer_index)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, config.intermediate_size, site=3 + 3 * layer_index)
+
+    def _compute(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        hidden, probabilities = self.attention(hidden, layout)
+        return self.output(self.intermediate(hidden), hidden, layout), probabilities
+
+    def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [T, D] after this layer, and the probabilities, if there are any."""
+        if self.gradient_checkpointing and self.training:
+            # Not around __call__: hooks of the layer (FSDP2's, for one) must not run a second time.
+            result: tuple[Tensor, Tensor | None] = self._gradient_checkpointing_func(
+                self._compute, hidden, layout
+            )
+            return result
+        return self._compute(hidden, layout)
+
+
+class Encoder(nn.Module):
+    """All layers, one after another."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, output_hidden_states: bool, output_attentions: bool
+    ) -> EncoderOutput:
+        """The embedding [T, D] -> the last hidden state and what else was asked for."""
+        states, attentions = [hidden], []
+        for layer in self.layer:
+            hidden, probabilities = layer(hidden, layout)
+            states.append(hidden)
+            attentions.append(probabilities)
+        return EncoderOutput(
+            hidden,
+            tuple(states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )

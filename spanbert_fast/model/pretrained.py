@@ -1,0 +1,336 @@
+"""`Model`: encoder, MLM head and SBO head behind Hugging Face's interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.config import Config
+from spanbert_fast.model.backbone import (
+    Backbone,
+    SpanBertPreTrainedModel,
+    check_key_boundaries,
+    refuse_decoder_arguments,
+    unpack_states,
+)
+from spanbert_fast.model.heads import Heads, RowScores, combine_losses
+from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+from spanbert_fast.model.loading import describe_loading, refuse_unpickling, warn_of_pickle
+
+
+@dataclass
+class SpanBertOutput(ModelOutput):
+    """What `Model` returns, in this order; what was not computed is None.
+
+    Shapes: of `Model.forward`, with B rows and S columns; `Model.forward_packed` has [T] in place of [B, S].
+    """
+
+    loss: Tensor | None = None
+    """Scalar, with a gradient."""
+    logits: Tensor | None = None
+    """[B, S, V] of the MLM head, zero in the padding."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """The embedding and the output of each layer, [B, S, D] each."""
+    attentions: tuple[Tensor, ...] | None = None
+    """Attention probabilities of each layer, [B, H, S, S] each."""
+    mlm_loss: Tensor | None = None
+    """Detached mean over the MLM labels of this batch."""
+    sbo_loss: Tensor | None = None
+    """Detached mean over the SBO targets of this batch."""
+    sbo_logits: Tensor | None = None
+    """[N, V] of the SBO head, one row per target, in the order of the batch."""
+
+
+class _Request(NamedTuple):
+    """What is wanted of a packed batch, besides the batch."""
+
+    inputs_embeds: Tensor | None = None
+    learns: bool = True
+    has_sbo_targets: bool = True
+    """False: the SBO rows of the batch ask for predictions, their targets are not known."""
+    num_items: int | Tensor | None = None
+    num_sbo_items: int | Tensor | None = None
+    dropout_seed: Tensor | None = None
+    return_logits: bool | None = None
+    output_hidden_states: bool | None = None
+    output_attentions: bool | None = None
+
+
+class Model(SpanBertPreTrainedModel):
+    """SpanBERT with both heads; a drop-in for `BertForMaskedLM`.
+
+    `forward` takes Hugging Face's shapes, `forward_packed` a `PackedBatch`; both compute the same numbers.
+    """
+
+    # The loss divides by num_items_in_batch itself, so the Trainer must not divide again.
+    accepts_loss_kwargs = True
+    _tied_weights_keys = {  # noqa: RUF012  (Hugging Face's attribute)
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.bert = Backbone(config)
+        self.cls = Heads(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model with the weights of a folder or hub repository: ours, BERT's or SpanBERT's.
+
+        Safetensors are preferred to `pytorch_model.bin`; weights keep their precision unless
+        `dtype` is given. Heads that the file lacks are listed in `config.untrained_heads` and in
+        one warning.
+
+        Args:
+            args: As in Hugging Face, first the folder or the name of the repository.
+            kwargs: As in Hugging Face; `use_safetensors=True` forbids `pytorch_model.bin`.
+
+        Returns:
+            The model in evaluation mode; with `output_loading_info=True` a pair of it and Hugging
+            Face's report.
+
+        Raises:
+            ValueError: Weights of the encoder are missing, or `weights_only=False`.
+        """
+        refuse_unpickling(kwargs.get("weights_only", True))
+        return super().from_pretrained(*args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        warn_of_pickle(checkpoint_files)
+        return SpanBertPreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, *rest, **kwargs
+        )
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        found = describe_loading(
+            self.config.name_or_path,
+            loading_info.missing_keys,
+            {key for key, *_ in loading_info.mismatched_keys},
+            loading_info.unexpected_keys,
+        )
+        listed = [*self.config.untrained_heads, *found.untrained_heads]
+        self.config.untrained_heads = sorted(set(listed))
+        # Said here once; Hugging Face's report would say it again, without the consequence.
+        loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
+        if found.message:
+            warnings.warn(found.message, stacklevel=5)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of word vectors."""
+        return self.bert.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the table of word vectors."""
+        self.bert.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The decoder; its matrix is the table of word vectors."""
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the decoder and, with it, the bias of the MLM head."""
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings: nn.Embedding = super()._resize_token_embeddings(*args, **kwargs)
+        old = self.cls.span_boundary.bias
+        added = embeddings.weight.shape[0] - old.shape[0]
+        if added:
+            # As Hugging Face fills the MLM bias: a new token is as likely as the average one.
+            fill = old.detach().mean().expand(max(added, 0))
+            resized = torch.cat([old.detach()[: old.shape[0] + added], fill])
+            self.cls.span_boundary.bias = nn.Parameter(resized, requires_grad=old.requires_grad)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sbo_spans: Tensor | None = None,
+        sbo_targets: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        num_sbo_items_in_batch: int | Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        return_logits: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SpanBertOutput | tuple[Any, ...]:
+        """Losses and logits of a batch in Hugging Face's shapes.
+
+        Args:
+            input_ids: Integer [B, S]; or one packed row [1, T], with `cu_seq_lens_q` or with `position_ids` that
+                restart at 0 (and no mask).
+            attention_mask: [B, S] of zeros and ones.
+            token_type_ids: Integer [B, S], zeros by default.
+            position_ids: Integer [B, S], the column by default.
+            inputs_embeds: [B, S, D] instead of `input_ids`.
+            labels: [B, S] ids to predict, -100 = none.
+            sbo_spans: [B, R, 2] columns left and right of each span, -1 = padding.
+            sbo_targets: [B, R, up to K] ids of each span, -100 = padding. Spans without targets are predicted.
+            cu_seq_lens_q: Integer [sequences + 1], boundaries in a packed row.
+            cu_seq_lens_k: Equal to `cu_seq_lens_q`, if given.
+            max_length_q: Length of the longest sequence of a packed row.
+            max_length_k: Equal to `max_length_q`, if given.
+            num_items_in_batch: MLM labels of the whole step; by default those of this batch.
+            num_sbo_items_in_batch: SBO targets of the whole step; only `loss_normalization="reference"` reads it.
+            dropout_seed: int64 scalar; drawn from torch's default generator if not given.
+            sequence_ids: int64 [sequences] that name the sequences in the dropout stream; the index by default.
+            return_logits: True: also in training, and of untrained heads. False: never. By default in evaluation, or
+                if there is nothing to learn; but None from an untrained head without targets.
+            encoder_hidden_states: Not supported.
+            encoder_attention_mask: Not supported.
+            output_hidden_states: Whether to return all hidden states.
+            output_attentions: Whether to return probabilities; needs `attn_implementation="eager"`.
+            return_dict: False for a tuple of what is not None.
+
+        Raises:
+            ValueError: A shape or a value does not fit, or a decoder's argument is given.
+            TypeError: A tensor of ids does not hold integers.
+        """
+        refuse_decoder_arguments(
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        inputs = pack_inputs(
+            self.config,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+            labels=labels,
+            sbo_spans=sbo_spans,
+            sbo_targets=sbo_targets,
+        )
+        batch = inputs.batch
+        if sequence_ids is not None:
+            batch = dataclasses.replace(batch, sequence_ids=sequence_ids)
+        request = _Request(
+            inputs_embeds=inputs.inputs_embeds,
+            learns=labels is not None or sbo_targets is not None,
+            has_sbo_targets=sbo_spans is None or sbo_targets is not None,
+            num_items=num_items_in_batch,
+            num_sbo_items=num_sbo_items_in_batch,
+            dropout_seed=dropout_seed,
+            return_logits=return_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        output = self._answer(batch, request, inputs)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def forward_packed(
+        self,
+        batch: PackedBatch,
+        *,
+        dropout_seed: Tensor | None = None,
+        return_logits: bool | None = None,
+        num_sbo_items: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SpanBertOutput:
+        """Losses and logits of a packed batch, without any host synchronisation.
+
+        There is always a loss: 0, attached to the graph, if the batch has no targets.
+
+        Args:
+            batch: Rows and targets; `batch.num_items` divides the loss, if set.
+            dropout_seed: int64 scalar; drawn from torch's default generator if not given.
+            return_logits: True: logits [T, V] and [N, V] also in training, and of untrained heads.
+                False: never. By default in evaluation, except of an untrained head without targets.
+            num_sbo_items: SBO targets of the whole step; `loss_normalization="reference"` needs it
+                if `batch.num_items` is set.
+            output_hidden_states: Whether to return all hidden states, [T, D] each.
+            output_attentions: Whether to return probabilities; needs the "eager" attention.
+        """
+        request = _Request(
+            num_items=batch.num_items,
+            num_sbo_items=num_sbo_items,
+            dropout_seed=dropout_seed,
+            return_logits=return_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        return self._answer(batch, request)
+
+    def score_packed(self, batch: PackedBatch, *, dropout_seed: Tensor | None = None) -> RowScores:
+        """Loss and hit of every target of a packed batch, for evaluation by offset or length."""
+        encoded = self.bert.encode_packed(batch, dropout_seed=dropout_seed)
+        return self.cls.score(encoded.last_hidden_state, batch)
+
+    def _answer(
+        self, batch: PackedBatch, request: _Request, inputs: PackedInputs | None = None
+    ) -> SpanBertOutput:
+        encoded = self.bert.encode_packed(
+            batch,
+            inputs_embeds=request.inputs_embeds,
+            dropout_seed=request.dropout_seed,
+            output_hidden_states=request.output_hidden_states,
+            output_attentions=request.output_attentions,
+        )
+        hidden = encoded.last_hidden_state
+        has_targets = {
+            "mlm": batch.mlm_labels.shape[0] > 0,
+            "sbo": batch.sbo_targets.shape[0] > 0 and request.has_sbo_targets,
+        }
+        if self.training:
+            self._note_training(has_targets)
+        loss = mlm_loss = sbo_loss = None
+        if request.learns:
+            scores = self.cls.score(hidden, batch, with_sbo=request.has_sbo_targets)
+            loss, mlm_loss, sbo_loss = combine_losses(
+                scores, self.config, request.num_items, request.num_sbo_items
+            )
+        logits = sbo_logits = None
+        if self._gives_logits("mlm", request, has_targets["mlm"]):
+            logits = self.cls.mlm_logits(hidden)
+        if batch.sbo_targets.shape[0] and self._gives_logits("sbo", request, has_targets["sbo"]):
+            sbo_logits = self.cls.sbo_logits(hidden, batch)
+        states, attentions = encoded.hidden_states, encoded.attentions
+        if inputs is not None:
+            states, attentions = unpack_states(inputs, encoded)
+            logits = None if logits is None else inputs.unpack(logits)
+        return SpanBertOutput(loss, logits, states, attentions, mlm_loss, sbo_loss, sbo_logits)
+
+    def _note_training(self, has_targets: dict[str, bool]) -> None:
+        untrained = self.config.untrained_heads
+        for head, trains in has_targets.items():
+            if trains and head in untrained:
+                untrained.remove(head)
+
+    def _gives_logits(self, head: str, request: _Request, has_targets: bool) -> bool:
+        if request.return_logits is not None:
+            return request.return_logits
+        if self.training and request.learns:
+            return False
+        return has_targets or head not in self.config.untrained_heads
