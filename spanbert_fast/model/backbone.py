@@ -20,7 +20,7 @@ from spanbert_fast.model.inputs import PackedInputs, pack_inputs
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
-class SpanBertPreTrainedModel(PreTrainedModel):
+class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Initialisation, attention choice and activation checkpointing of our models."""
 
     config: Config
@@ -32,7 +32,7 @@ class SpanBertPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         # The output biases are parameters of their own, which Hugging Face's rule does not reach.
         if isinstance(bias := module._parameters.get("bias"), Tensor) and not hasattr(
             module, "weight"
@@ -63,13 +63,13 @@ class SpanBertPreTrainedModel(PreTrainedModel):
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recomputes activations in the backward pass; arguments as in Hugging Face."""
         # transformers 5.22 knows this switch by its old name only.
-        parent = super()
+        parent: Any = super()
         old = parent.gradient_checkpointing_enable
         getattr(parent, "activation_checkpointing_enable", old)(*args, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keeps activations for the backward pass."""
-        parent = super()
+        parent: Any = super()
         old = parent.gradient_checkpointing_disable
         getattr(parent, "activation_checkpointing_disable", old)()
 
@@ -85,7 +85,7 @@ class SpanBertPreTrainedModel(PreTrainedModel):
             layer._gradient_checkpointing_func = gradient_checkpointing_func
 
 
-class Backbone(SpanBertPreTrainedModel):
+class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
     """Embeddings and layers, without a pooler: `model.bert`, a stand-in for `BertModel`."""
 
     base_model_prefix = "bert"
@@ -94,14 +94,15 @@ class Backbone(SpanBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of word vectors."""
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the table of word vectors."""
+        assert isinstance(value, nn.Embedding)
         self.embeddings.word_embeddings = value
 
     def encode_packed(
@@ -118,7 +119,8 @@ class Backbone(SpanBertPreTrainedModel):
         Args:
             batch: The rows; its targets are not looked at.
             inputs_embeds: [T, D] instead of `batch.input_ids`.
-            dropout_seed: int64 scalar; None: drawn from torch's default generator, if there is dropout.
+            dropout_seed: int64 scalar; None: drawn from torch's default generator, if there is
+                dropout.
             output_hidden_states: Whether to return all of them; None: as the configuration says.
             output_attentions: Whether to return probabilities; only the "eager" attention has them.
 
@@ -222,7 +224,7 @@ class Backbone(SpanBertPreTrainedModel):
 def unpack_states(
     inputs: PackedInputs, encoded: EncoderOutput
 ) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-    """All hidden states [B, S, D] and attention probabilities [B, H, S, S], as far as there are any."""
+    """Hidden states [B, S, D] and attention probabilities [B, H, S, S], as far as there are any."""
     states, attentions = encoded.hidden_states, encoded.attentions
     return (
         None if states is None else tuple(inputs.unpack(state) for state in states),

@@ -1,6 +1,8 @@
-"""Attention written out, for those who want to see its probabilities (`attn_implementation="eager"`)."""
+"""Attention written out, for those who want to see its probabilities: the "eager" one."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,8 +25,9 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Mixed values [T, H, K] and probabilities [B, H, S, S], zero outside a sequence.
 
-    The same numbers as `ops.attention.varlen_attention`, dropout included, one sequence at a time; the probabilities
-    are those that were applied, so with dropout in them, as Hugging Face returns them.
+    The same numbers as `ops.attention.varlen_attention`, dropout included, one sequence at a time;
+    the probabilities are those that were applied, so with dropout in them, as Hugging Face returns
+    them.
 
     Args:
         query: [T, H, K], as `key` and `value`.
@@ -43,7 +46,7 @@ def eager_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     shape = (num_sequences, num_heads, max_seqlen, max_seqlen)
     padded, mixed = [], []
-    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         rows = [tensor[start:end].transpose(0, 1).to(wide) for tensor in (query, key, value)]
         weights = torch.softmax(rows[0] @ rows[1].transpose(1, 2) * scale, dim=-1)
         if dropout_p:

@@ -1,7 +1,7 @@
 """The BERT encoder on packed rows, under the tensor names that every BERT checkpoint uses.
 
-The modules own parameters; the arithmetic is in `ops`. Shapes: T packed tokens, B sequences, D hidden size, H heads,
-K head size, F feed-forward size, S length of the longest sequence.
+The modules own parameters; the arithmetic is in `ops`. Shapes: T packed tokens, B sequences, D
+hidden size, H heads, K head size, F feed-forward size, S length of the longest sequence.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class EncoderOutput(NamedTuple):
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what `kind` does and nothing else.
 
-    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when it is called. In
-    all these cases it has to be called; otherwise its weight may go to a fused operation directly.
+    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when
+    it is called. In all these cases it has to be called; otherwise its weight may go to a fused
+    operation directly.
     """
     hooks = (
         module._forward_hooks,
@@ -82,7 +83,15 @@ class Embeddings(nn.Module):
         layout: Layout,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states [T, D] that enter the first layer; `inputs_embeds` [T, D] replace word vectors."""
+        """The hidden states [T, D] that enter the first layer.
+
+        Args:
+            input_ids: int64 [T]; None with `inputs_embeds`.
+            position_ids: int64 [T].
+            token_type_ids: int64 [T].
+            layout: Boundaries and dropout.
+            inputs_embeds: [T, D] instead of word vectors.
+        """
         words: Tensor | None = inputs_embeds
         if words is None and not is_plain(self.word_embeddings, nn.Embedding):
             words = self.word_embeddings(input_ids)
@@ -134,8 +143,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Mixed values [T, D]; from the eager implementation also probabilities [B, H, S, S]."""
-        heads = (self.num_heads, self.head_size)
-        query, key, value = (rows.unflatten(-1, heads) for rows in self._project(hidden))
+        shape = (-1, self.num_heads, self.head_size)
+        query, key, value = (rows.reshape(shape) for rows in self._project(hidden))
         arguments: dict[str, Any] = {
             "scale": self.head_size**-0.5,
             "dropout_p": 0.0 if layout.seed is None else self.dropout_p,
@@ -199,21 +208,22 @@ class Intermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, F]."""
-        return linear_gelu(self.dense, hidden)
+        return bias_gelu(*split_bias(self.dense, hidden))
 
 
-def linear_gelu(dense: nn.Module, rows: Tensor) -> Tensor:
-    """GELU of `dense(rows)`; a plain product leaves its bias to the fused activation."""
+def split_bias(dense: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`dense(rows)` as a product and a bias still to be added: zeros unless `dense` is plain."""
     if is_plain(dense, nn.Linear):
         assert isinstance(dense, nn.Linear)
-        return bias_gelu(functional.linear(rows, dense.weight), dense.bias)
-    return functional.gelu(dense(rows))
+        return functional.linear(rows, dense.weight), dense.bias
+    product: Tensor = dense(rows)
+    return product, product.new_zeros(product.shape[-1])
 
 
 class Layer(nn.Module):
     """One post-norm transformer layer."""
 
-    # Set by Hugging Face's switch; its own base class for layers would tie this file to transformers.
+    # Hugging Face's switch sets both; its base class for layers would tie this file to it.
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]
 

@@ -1,7 +1,7 @@
 """The two prediction heads and the loss they share.
 
-Shapes: T packed tokens, D hidden size, P position vector size, K slots, R spans, M MLM labels, N SBO targets,
-V vocabulary.
+Shapes: T packed tokens, D hidden size, P position vector size, K slots, R spans, M MLM labels, N
+SBO targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
-from spanbert_fast.model.encoder import is_plain
+from spanbert_fast.model.encoder import is_plain, split_bias
 from spanbert_fast.ops.activation import bias_gelu_layer_norm
 from spanbert_fast.ops.cross_entropy import linear_cross_entropy
 from spanbert_fast.ops.span_boundary import span_boundary_hidden
@@ -31,12 +31,8 @@ class PredictionTransform(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[rows, input size] -> [rows, D]."""
         norm = self.LayerNorm
-        if is_plain(self.dense, nn.Linear):
-            product = functional.linear(rows, self.dense.weight)
-            return bias_gelu_layer_norm(product, self.dense.bias, norm.weight, norm.bias, norm.eps)
-        product = self.dense(rows)
-        no_bias = product.new_zeros(product.shape[-1])
-        return bias_gelu_layer_norm(product, no_bias, norm.weight, norm.bias, norm.eps)
+        product, bias = split_bias(self.dense, rows)
+        return bias_gelu_layer_norm(product, bias, norm.weight, norm.bias, norm.eps)
 
 
 class MaskedPrediction(nn.Module):
@@ -83,7 +79,7 @@ class SpanBoundary(nn.Module):
                 first.LayerNorm.weight,
                 first.LayerNorm.bias,
                 first.LayerNorm.eps,
-                num_targets=batch.sbo_targets.shape[0],
+                num_rows=batch.sbo_targets.shape[0],
             )
         else:
             rows = first(self._concatenated(hidden, batch))
@@ -162,8 +158,9 @@ class Heads(nn.Module):
         decoder = self.predictions.decoder
         if not is_plain(decoder, nn.Linear):
             raise TypeError(
-                "cls.predictions.decoder must be a plain nn.Linear, because the loss reads its weight and never calls "
-                f"it; got {type(decoder).__name__} with hooks, an adapter or a parametrization"
+                "cls.predictions.decoder must be a plain nn.Linear, because the loss reads its "
+                "weight and never calls it; got hooks, an adapter or a parametrization on "
+                f"{type(decoder).__name__}"
             )
         return decoder
 
@@ -186,14 +183,15 @@ def combine_losses(
 ) -> Losses:
     """The loss of a batch, divided by what the whole step has to learn.
 
-    With `loss_normalization="tokens"`, (sum CE_mlm + w sum CE_sbo) / N with N the MLM labels: the sum of both losses
-    per token (paper, section 3.2), and equal however a batch is split. "reference": sum CE_mlm / N + w sum CE_sbo /
-    (N_sbo + 1), the rule of the released code.
+    With `loss_normalization="tokens"`, (sum CE_mlm + w sum CE_sbo) / N with N the MLM labels: the
+    sum of both losses per token (paper, section 3.2), and equal however a batch is split.
+    "reference": sum CE_mlm / N + w sum CE_sbo / (N_sbo + 1), the rule of the released code.
 
     Args:
         scores: Cross-entropy of each target.
         config: Gives w and the rule.
-        num_items: MLM labels of the whole step, over all micro-batches and ranks; None: those of this batch.
+        num_items: MLM labels of the whole step, over all micro-batches and ranks; None: those of
+            this batch.
         num_sbo_items: SBO targets of the whole step; only "reference" reads it.
 
     Raises:
@@ -205,7 +203,8 @@ def combine_losses(
     if config.loss_normalization == "reference":
         if num_items is not None and num_sbo_items is None:
             raise ValueError(
-                'loss_normalization="reference" needs num_sbo_items_in_batch with num_items_in_batch, got None'
+                'loss_normalization="reference" needs the number of SBO targets of the whole step '
+                "(num_sbo_items_in_batch) together with num_items_in_batch, got None"
             )
         step_sbo_items = num_sbo if num_sbo_items is None else num_sbo_items
         loss = mlm_sum / _at_least_one(step_items) + config.sbo_weight * sbo_sum / (

@@ -1,6 +1,7 @@
 """The door: Hugging Face's input shapes in, packed rows inside, padded outputs back.
 
-Shapes: B rows as given, S columns, T packed tokens, R spans of a row, K targets of a span, V vocabulary.
+Shapes: B rows as given, S columns, T packed tokens, R spans of a row, K targets of a span, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
-from spanbert_fast.model.targets import IGNORED, SpanTargets, masked_targets, span_targets
+from spanbert_fast.model.targets import SpanTargets, masked_targets, span_targets
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -34,7 +35,7 @@ class PackedInputs:
         if self.kept is not None:
             empty = rows.new_zeros((self.shape[0] * self.shape[1], *rows.shape[1:]))
             rows = empty.index_copy(0, self.kept, rows)
-        return rows.unflatten(0, self.shape)
+        return rows.view(*self.shape, *rows.shape[1:])
 
     def unpack_attention(self, probabilities: Tensor) -> Tensor:
         """[sequences, H, S, S] by place among the kept tokens -> the same by column."""
@@ -77,17 +78,19 @@ def pack_inputs(
 
     Args:
         config: Sets the allowed ranges.
-        input_ids: Integer [B, S]; or [1, T] with `cu_seq_lens_q`, or with `position_ids` that restart at 0.
+        input_ids: Integer [B, S]; or [1, T] with `cu_seq_lens_q`, or with `position_ids` that
+            restart at 0.
         attention_mask: [B, S] of zeros and ones; none for packed rows.
         token_type_ids: Integer [B, S]; zeros by default.
-        position_ids: Integer [B, S] or [1, S]; the column by default, in packed rows the place in the sequence.
+        position_ids: Integer [B, S] or [1, S]; the column by default, in packed rows the place in
+            the sequence.
         inputs_embeds: [B, S, D] instead of `input_ids`.
         cu_seq_lens_q: Integer [sequences + 1], boundaries of a packed row.
         max_length_q: Length of the longest sequence of a packed row.
         labels: int64 [B, S]; -100 = no label.
         sbo_spans: int64 [B, R, 2]; the columns left and right of each span, -1 = padding.
-        sbo_targets: int64 [B, R, up to K]; original ids of the span, -100 = padding. Without them each span asks for
-            as many predictions as it has tokens.
+        sbo_targets: int64 [B, R, up to K]; original ids of the span, -100 = padding. Without them
+            each span asks for as many predictions as it has tokens.
 
     Raises:
         ValueError: A shape or a value does not fit; named with what is allowed.
@@ -107,17 +110,16 @@ def pack_inputs(
     if cu_seq_lens_q is not None:
         rows = _rows_of_boundaries(shape, attention_mask, position_ids, cu_seq_lens_q, max_length_q)
     elif attention_mask is None and position_ids is not None and shape[0] == 1:
-        starts = (position_ids[0] == 0).nonzero()[:, 0]
-        ends = starts.new_tensor([shape[1]])
-        first = starts.new_zeros(1 if not len(starts) or int(starts[0]) else 0)
-        boundaries = torch.cat([first, starts, ends])
+        is_start = position_ids[0] == 0
+        is_start[:1] = True
+        boundaries = torch.cat([is_start.nonzero()[:, 0], position_ids.new_tensor([shape[1]])])
         rows = _rows_of_boundaries(shape, None, position_ids, boundaries, None)
     else:
         rows = _rows_of_padded(shape, attention_mask, position_ids, source.device)
     if rows.max_seqlen > config.max_position_embeddings:
         raise ValueError(
-            f"sequences may have {config.max_position_embeddings} tokens (max_position_embeddings), "
-            f"got {rows.max_seqlen}"
+            f"a sequence may have {config.max_position_embeddings} tokens "
+            f"(max_position_embeddings), got {rows.max_seqlen}"
         )
     return _assemble(
         config, rows, input_ids, token_type_ids, inputs_embeds, labels, sbo_spans, sbo_targets
@@ -134,7 +136,7 @@ def _assemble(
     sbo_spans: Tensor | None,
     sbo_targets: Tensor | None,
 ) -> PackedInputs:
-    flat: dict[str, Tensor] = {"position_ids": rows.position_ids}
+    flat: dict[str, Tensor] = {}
     device = rows.position_ids.device
     for name, values, size in (
         ("input_ids", input_ids, config.vocab_size),
@@ -151,7 +153,9 @@ def _assemble(
     elif sbo_targets is not None:
         raise ValueError("sbo_targets need sbo_spans")
     batch = PackedBatch(
-        **flat,
+        input_ids=flat["input_ids"],
+        position_ids=rows.position_ids,
+        token_type_ids=flat["token_type_ids"],
         cu_seqlens=rows.cu_seqlens,
         max_seqlen=rows.max_seqlen,
         sequence_ids=torch.arange(rows.cu_seqlens.shape[0] - 1, device=device),
@@ -230,8 +234,8 @@ def _rows_of_padded(
         return _Rows(shape, None, cu_seqlens, flat, length)
     if tuple(attention_mask.shape) != shape:
         raise ValueError(
-            f"attention_mask must have shape {shape}, got {tuple(attention_mask.shape)}: masks with 3 or 4 dimensions "
-            "say who sees whom, which this encoder does not support"
+            f"attention_mask must have shape {shape}, got {tuple(attention_mask.shape)}: masks "
+            "with 3 or 4 dimensions say who sees whom, which this encoder does not support"
         )
     is_kept = attention_mask != 0
     if not bool((is_kept == attention_mask).all()):

@@ -25,8 +25,8 @@ def refuse_unpickling(weights_only: object) -> None:
     """Raises ValueError unless `weights_only` is True: other pickles can run any code."""
     if weights_only is not True:
         raise ValueError(
-            f"weights_only must be True, got {weights_only!r}: a pickle that holds more than tensors "
-            "can run any code"
+            f"weights_only must be True, got {weights_only!r}: a pickle that holds more than "
+            "tensors can run any code"
         )
 
 
@@ -35,8 +35,8 @@ def warn_of_pickle(checkpoint_files: Collection[str] | None) -> None:
     pickles = [name for name in checkpoint_files or () if not name.endswith(".safetensors")]
     if pickles:
         warnings.warn(
-            f"{pickles[0]} is a pickle, read with weights_only=True. `spanbert-fast convert` writes "
-            "the same weights as safetensors; use_safetensors=True refuses pickles.",
+            f"{pickles[0]} is a pickle, read with weights_only=True. `spanbert-fast convert` "
+            "writes the same weights as safetensors; use_safetensors=True refuses pickles.",
             stacklevel=6,
         )
 
@@ -72,14 +72,12 @@ def describe_loading(
     if untrained:
         heads = " and ".join(head.upper() for head in untrained)
         parts.append(
-            f"{source} has no complete {heads} head: its weights are random until trained. They are "
-            "listed in config.untrained_heads and give no logits without targets."
+            f"{source} has no complete {heads} head: its weights are random until trained. Such "
+            "heads are listed in config.untrained_heads and give no logits without targets."
         )
     if unexpected:
         modules = sorted({key.rpartition(".")[0] or key for key in unexpected})
-        parts.append(
-            f"Ignored tensors of {source}, which this model has no place for: {_listed(modules)}."
-        )
+        parts.append(f"Ignored in {source}, for want of a place: {_listed(modules)}.")
     return LoadingReport(untrained, " ".join(parts))
 
 

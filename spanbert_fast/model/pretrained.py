@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
@@ -23,50 +21,14 @@ from spanbert_fast.model.backbone import (
 from spanbert_fast.model.heads import Heads, RowScores, combine_losses
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
 from spanbert_fast.model.loading import describe_loading, refuse_unpickling, warn_of_pickle
+from spanbert_fast.model.outputs import Request, SpanBertOutput
 
 
-@dataclass
-class SpanBertOutput(ModelOutput):
-    """What `Model` returns, in this order; what was not computed is None.
-
-    Shapes: of `Model.forward`, with B rows and S columns; `Model.forward_packed` has [T] in place of [B, S].
-    """
-
-    loss: Tensor | None = None
-    """Scalar, with a gradient."""
-    logits: Tensor | None = None
-    """[B, S, V] of the MLM head, zero in the padding."""
-    hidden_states: tuple[Tensor, ...] | None = None
-    """The embedding and the output of each layer, [B, S, D] each."""
-    attentions: tuple[Tensor, ...] | None = None
-    """Attention probabilities of each layer, [B, H, S, S] each."""
-    mlm_loss: Tensor | None = None
-    """Detached mean over the MLM labels of this batch."""
-    sbo_loss: Tensor | None = None
-    """Detached mean over the SBO targets of this batch."""
-    sbo_logits: Tensor | None = None
-    """[N, V] of the SBO head, one row per target, in the order of the batch."""
-
-
-class _Request(NamedTuple):
-    """What is wanted of a packed batch, besides the batch."""
-
-    inputs_embeds: Tensor | None = None
-    learns: bool = True
-    has_sbo_targets: bool = True
-    """False: the SBO rows of the batch ask for predictions, their targets are not known."""
-    num_items: int | Tensor | None = None
-    num_sbo_items: int | Tensor | None = None
-    dropout_seed: Tensor | None = None
-    return_logits: bool | None = None
-    output_hidden_states: bool | None = None
-    output_attentions: bool | None = None
-
-
-class Model(SpanBertPreTrainedModel):
+class Model(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
     """SpanBERT with both heads; a drop-in for `BertForMaskedLM`.
 
-    `forward` takes Hugging Face's shapes, `forward_packed` a `PackedBatch`; both compute the same numbers.
+    `forward` takes Hugging Face's shapes, `forward_packed` a `PackedBatch`; both compute the same
+    numbers.
     """
 
     # The loss divides by num_items_in_batch itself, so the Trainer must not divide again.
@@ -80,7 +42,7 @@ class Model(SpanBertPreTrainedModel):
         super().__init__(config)
         self.bert = Backbone(config)
         self.cls = Heads(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +78,7 @@ class Model(SpanBertPreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         found = describe_loading(
-            self.config.name_or_path,
+            str(self.config.name_or_path),
             loading_info.missing_keys,
             {key for key, *_ in loading_info.mismatched_keys},
             loading_info.unexpected_keys,
@@ -132,7 +94,7 @@ class Model(SpanBertPreTrainedModel):
         """The table of word vectors."""
         return self.bert.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the table of word vectors."""
         self.bert.set_input_embeddings(value)
 
@@ -146,7 +108,7 @@ class Model(SpanBertPreTrainedModel):
         self.cls.predictions.bias = new_embeddings.bias
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings: nn.Embedding = super()._resize_token_embeddings(*args, **kwargs)
+        embeddings: nn.Embedding = super()._resize_token_embeddings(*args, **kwargs)  # type: ignore[no-untyped-call]
         old = self.cls.span_boundary.bias
         added = embeddings.weight.shape[0] - old.shape[0]
         if added:
@@ -184,25 +146,29 @@ class Model(SpanBertPreTrainedModel):
         """Losses and logits of a batch in Hugging Face's shapes.
 
         Args:
-            input_ids: Integer [B, S]; or one packed row [1, T], with `cu_seq_lens_q` or with `position_ids` that
-                restart at 0 (and no mask).
+            input_ids: Integer [B, S]; or one packed row [1, T], with `cu_seq_lens_q` or with
+                `position_ids` that restart at 0 (and no mask).
             attention_mask: [B, S] of zeros and ones.
             token_type_ids: Integer [B, S], zeros by default.
             position_ids: Integer [B, S], the column by default.
             inputs_embeds: [B, S, D] instead of `input_ids`.
             labels: [B, S] ids to predict, -100 = none.
             sbo_spans: [B, R, 2] columns left and right of each span, -1 = padding.
-            sbo_targets: [B, R, up to K] ids of each span, -100 = padding. Spans without targets are predicted.
+            sbo_targets: [B, R, up to K] ids of each span, -100 = padding. Spans without targets are
+                predicted.
             cu_seq_lens_q: Integer [sequences + 1], boundaries in a packed row.
             cu_seq_lens_k: Equal to `cu_seq_lens_q`, if given.
             max_length_q: Length of the longest sequence of a packed row.
             max_length_k: Equal to `max_length_q`, if given.
             num_items_in_batch: MLM labels of the whole step; by default those of this batch.
-            num_sbo_items_in_batch: SBO targets of the whole step; only `loss_normalization="reference"` reads it.
+            num_sbo_items_in_batch: SBO targets of the whole step; only
+                `loss_normalization="reference"` reads it.
             dropout_seed: int64 scalar; drawn from torch's default generator if not given.
-            sequence_ids: int64 [sequences] that name the sequences in the dropout stream; the index by default.
-            return_logits: True: also in training, and of untrained heads. False: never. By default in evaluation, or
-                if there is nothing to learn; but None from an untrained head without targets.
+            sequence_ids: int64 [sequences] that name the sequences in the dropout stream; the index
+                by default.
+            return_logits: True: also in training, and of untrained heads. False: never. By default
+                in evaluation, or if there is nothing to learn; but never of an untrained head
+                without targets.
             encoder_hidden_states: Not supported.
             encoder_attention_mask: Not supported.
             output_hidden_states: Whether to return all hidden states.
@@ -234,7 +200,7 @@ class Model(SpanBertPreTrainedModel):
         batch = inputs.batch
         if sequence_ids is not None:
             batch = dataclasses.replace(batch, sequence_ids=sequence_ids)
-        request = _Request(
+        request = Request(
             inputs_embeds=inputs.inputs_embeds,
             learns=labels is not None or sbo_targets is not None,
             has_sbo_targets=sbo_spans is None or sbo_targets is not None,
@@ -273,7 +239,7 @@ class Model(SpanBertPreTrainedModel):
             output_hidden_states: Whether to return all hidden states, [T, D] each.
             output_attentions: Whether to return probabilities; needs the "eager" attention.
         """
-        request = _Request(
+        request = Request(
             num_items=batch.num_items,
             num_sbo_items=num_sbo_items,
             dropout_seed=dropout_seed,
@@ -289,7 +255,7 @@ class Model(SpanBertPreTrainedModel):
         return self.cls.score(encoded.last_hidden_state, batch)
 
     def _answer(
-        self, batch: PackedBatch, request: _Request, inputs: PackedInputs | None = None
+        self, batch: PackedBatch, request: Request, inputs: PackedInputs | None = None
     ) -> SpanBertOutput:
         encoded = self.bert.encode_packed(
             batch,
@@ -303,8 +269,9 @@ class Model(SpanBertPreTrainedModel):
             "mlm": batch.mlm_labels.shape[0] > 0,
             "sbo": batch.sbo_targets.shape[0] > 0 and request.has_sbo_targets,
         }
-        if self.training:
-            self._note_training(has_targets)
+        for head in [head for head in self.config.untrained_heads if has_targets[head]]:
+            if self.training:
+                self.config.untrained_heads.remove(head)
         loss = mlm_loss = sbo_loss = None
         if request.learns:
             scores = self.cls.score(hidden, batch, with_sbo=request.has_sbo_targets)
@@ -322,13 +289,7 @@ class Model(SpanBertPreTrainedModel):
             logits = None if logits is None else inputs.unpack(logits)
         return SpanBertOutput(loss, logits, states, attentions, mlm_loss, sbo_loss, sbo_logits)
 
-    def _note_training(self, has_targets: dict[str, bool]) -> None:
-        untrained = self.config.untrained_heads
-        for head, trains in has_targets.items():
-            if trains and head in untrained:
-                untrained.remove(head)
-
-    def _gives_logits(self, head: str, request: _Request, has_targets: bool) -> bool:
+    def _gives_logits(self, head: str, request: Request, has_targets: bool) -> bool:
         if request.return_logits is not None:
             return request.return_logits
         if self.training and request.learns:

@@ -1,6 +1,7 @@
 """Labels and spans as Hugging Face's collators give them -> the flat targets of a packed batch.
 
-Shapes: B rows as given, S columns, T packed tokens, M labels, R spans, K slots of the SBO head, N SBO targets.
+Shapes: B rows as given, S columns, T packed tokens, M labels, R spans, K slots of the SBO head, N
+SBO targets.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def span_targets(
     Args:
         config: Sets the number of slots and the size of the vocabulary.
         spans: int64 [B, R, 2], columns left and right of each span; -1 = padding.
-        targets: int64 [B, R, up to K], -100 = padding after the ids of a span; None: one row per token of each span,
-            with nothing to learn.
+        targets: int64 [B, R, up to K], -100 = padding after the ids of a span; None: one row per
+            token of each span, with nothing to learn.
         shape: B and S.
         kept: int64 [T], flat positions that are not padding; None: all.
         cu_seqlens: int32 [sequences + 1] of the packed rows.

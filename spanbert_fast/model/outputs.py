@@ -1,0 +1,48 @@
+"""What `Model` is asked for, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+
+@dataclass
+class SpanBertOutput(ModelOutput):
+    """What `Model` returns, in this order; what was not computed is None.
+
+    Shapes: of `Model.forward`, with B rows and S columns; `Model.forward_packed` has [T] in place
+    of [B, S].
+    """
+
+    loss: Tensor | None = None
+    """Scalar, with a gradient."""
+    logits: Tensor | None = None
+    """[B, S, V] of the MLM head, zero in the padding."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """The embedding and the output of each layer, [B, S, D] each."""
+    attentions: tuple[Tensor, ...] | None = None
+    """Attention probabilities of each layer, [B, H, S, S] each."""
+    mlm_loss: Tensor | None = None
+    """Detached mean over the MLM labels of this batch."""
+    sbo_loss: Tensor | None = None
+    """Detached mean over the SBO targets of this batch."""
+    sbo_logits: Tensor | None = None
+    """[N, V] of the SBO head, one row per target, in the order of the batch."""
+
+
+class Request(NamedTuple):
+    """What is wanted of a packed batch, besides the batch."""
+
+    inputs_embeds: Tensor | None = None
+    learns: bool = True
+    has_sbo_targets: bool = True
+    """False: the SBO rows of the batch ask for predictions, their targets are not known."""
+    num_items: int | Tensor | None = None
+    num_sbo_items: int | Tensor | None = None
+    dropout_seed: Tensor | None = None
+    return_logits: bool | None = None
+    output_hidden_states: bool | None = None
+    output_attentions: bool | None = None
