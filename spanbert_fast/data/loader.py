@@ -1,0 +1,256 @@
+"""The batches of a training run, made ahead of the model by one background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.data.manifest import SPECIAL_TOKENS_PER_BLOCK, Split
+from spanbert_fast.data.masking import AssembledBatch, SpanMasker
+from spanbert_fast.data.plan import EpochPlan, split_rows
+from spanbert_fast.data.shards import TokenShards
+
+Int64s = npt.NDArray[np.int64]
+
+EVALUATION_EPOCH: Final = 2**32 - 1
+"""Epoch of the fixed masks of evaluation; no training run gets there."""
+_POLL_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one optimizer step trains on, as far as one rank computes it."""
+
+    step: int
+    epoch: int
+    example_ids: Int64s
+    """int64 [B], block ids of the whole step, over all micro-batches and ranks."""
+    micro_batches: list[PackedBatch]
+    """At most `num_micro_batches`, none of them empty: fewer where the step has few blocks."""
+
+
+class StepLoader:
+    """An endless iterator of `Step`, a pure function of its arguments.
+
+    Neither prefetching nor the number of ranks or micro-batches changes which blocks a step has or
+    how they are masked, and starting at step n gives what running to step n gives. Use it as a
+    context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        split: Split,
+        masker: SpanMasker,
+        *,
+        seed: int,
+        global_batch_tokens: int,
+        num_micro_batches: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            shards: the open shards.
+            split: `train` or `validation`.
+            masker: chooses the masks; epoch and block id are the only other things they depend on.
+            seed: order of the blocks.
+            global_batch_tokens: real tokens of a step over all micro-batches and ranks.
+            num_micro_batches: parts into which a rank's share of a step is split.
+            start_step: first step to deliver; steps count over all epochs.
+            rank: whose share to deliver.
+            world_size: number of ranks.
+            prefetch: steps that may wait ready.
+            pin_memory: put the tensors into page-locked memory.
+
+        Raises:
+            ValueError: an argument is out of range, or a block does not fit into a step.
+        """
+        for name, value, least in (
+            ("num_micro_batches", num_micro_batches, 1),
+            ("start_step", start_step, 0),
+            ("world_size", world_size, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, must be at least {least}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, must be in [0, {world_size - 1}]")
+        self._shards, self._split, self._masker = shards, split, masker
+        self._seed, self._global_batch_tokens = seed, global_batch_tokens
+        self._num_micro_batches, self._rank, self._world_size = num_micro_batches, rank, world_size
+        self._pin_memory = pin_memory
+        self._lengths = shards.lengths(split)
+        if len(self._lengths) == 0:
+            raise ValueError(f"split {split!r} of {shards.directory} is empty, must hold blocks")
+        self._plan, self._epoch, self._first_step = self._locate(start_step)
+        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._produce, args=(start_step,), name="spanbert-fast-loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        if self._failure is not None:
+            raise self._failure
+        while not self._closed.is_set():
+            try:
+                result = self._ready.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                self._failure = result
+                raise result
+            return result
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the thread; may be called twice. Afterwards the iterator is exhausted."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(
+            self._lengths,
+            seed=self._seed,
+            epoch=epoch,
+            global_batch_tokens=self._global_batch_tokens,
+            manifest_hash=self._shards.manifest_hash,
+        )
+
+    def _locate(self, step: int) -> tuple[EpochPlan, int, int]:
+        """The plan that holds `step`, its epoch, and its first step."""
+        epoch, first = 0, 0
+        while step >= first + (plan := self._make_plan(epoch)).num_batches:
+            first += plan.num_batches
+            epoch += 1
+        return plan, epoch, first
+
+    def _produce(self, step: int) -> None:
+        while not self._closed.is_set():
+            result: Step | BaseException
+            rows: Int64s | None = None
+            try:
+                if step == self._first_step + self._plan.num_batches:
+                    self._epoch += 1
+                    self._first_step = step
+                    self._plan = self._make_plan(self._epoch)
+                rows = self._plan.batch(step - self._first_step)
+                result = self._assemble_step(step, rows)
+            except Exception as error:  # noqa: BLE001  # The consumer's thread raises it.
+                result = RuntimeError(
+                    f"step {step}, blocks {None if rows is None else rows.tolist()}: {error}"
+                )
+                result.__cause__ = error
+            self._offer(result)
+            if isinstance(result, BaseException):
+                return
+            step += 1
+
+    def _offer(self, result: Step | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(result, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+            return
+
+    def _assemble_step(self, step: int, rows: Int64s) -> Step:
+        parts = split_rows(rows, self._lengths, self._num_micro_batches * self._world_size)
+        own: list[tuple[AssembledBatch, Int64s]] = []
+        num_items = 0
+        for number, part in enumerate(parts):
+            if len(part) == 0:
+                continue
+            # Every rank masks the whole step: cheaper than a collective, and the count is exact.
+            batch = _assemble(self._shards, self._split, self._masker, part, self._epoch)
+            num_items += len(batch.mlm_positions)
+            if number % self._world_size == self._rank:
+                own.append((batch, part))
+        micro_batches = [_pack(batch, part, num_items) for batch, part in own]
+        if self._pin_memory:
+            micro_batches = [batch.pin_memory() for batch in micro_batches]
+        return Step(step=step, epoch=self._epoch, example_ids=rows, micro_batches=micro_batches)
+
+
+def evaluation_batches(
+    shards: TokenShards, masker: SpanMasker, *, max_tokens: int, split: Split = "validation"
+) -> Iterator[PackedBatch]:
+    """Yields every block of a split once, in order, under masks that are always the same.
+
+    Args:
+        shards: the open shards.
+        masker: chooses the masks.
+        max_tokens: real tokens of a batch, [CLS] and [SEP] included.
+        split: `validation` or `train`.
+
+    Raises:
+        ValueError: a block does not fit into a batch.
+    """
+    tokens = shards.lengths(split).astype(np.int64) + SPECIAL_TOKENS_PER_BLOCK
+    if len(tokens) and tokens.max() > max_tokens:
+        raise ValueError(f"max_tokens is {max_tokens}, must be at least {tokens.max()}")
+    ends = np.cumsum(tokens)
+    start = 0
+    while start < len(tokens):
+        done = int(ends[start - 1]) if start else 0
+        end = int(np.searchsorted(ends, done + max_tokens, side="right"))
+        rows = np.arange(start, end, dtype=np.int64)
+        yield _pack(_assemble(shards, split, masker, rows, EVALUATION_EPOCH), rows, None)
+        start = end
+
+
+def _assemble(
+    shards: TokenShards, split: Split, masker: SpanMasker, rows: Int64s, epoch: int
+) -> AssembledBatch:
+    values, offsets = shards.gather(split, rows)
+    specials = shards.manifest.special_token_ids
+    return masker.assemble(
+        values,
+        offsets,
+        np.arange(len(rows), dtype=np.int64),
+        rows,
+        epoch=epoch,
+        cls_token_id=specials["cls"],
+        sep_token_id=specials["sep"],
+    )
+
+
+def _pack(batch: AssembledBatch, rows: Int64s, num_items: int | None) -> PackedBatch:
+    tensors = {name: torch.from_numpy(array) for name, array in batch._asdict().items()}
+    return PackedBatch(
+        **tensors,
+        token_type_ids=torch.zeros_like(tensors["input_ids"]),
+        max_seqlen=int(np.diff(batch.cu_seqlens).max()),
+        sequence_ids=torch.from_numpy(rows),
+        num_items=num_items,
+    )
