@@ -1,0 +1,40 @@
+"""Exact GELU, x * Phi(x) with the Gaussian distribution function, fused with what stands beside it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from spanbert_fast.ops.dispatch import accelerated
+from spanbert_fast.ops.norm import wide_layer_norm
+from spanbert_fast.ops.precision import wide_dtype
+
+
+@accelerated
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias): [T, F], dtype of `x`.
+
+    Args:
+        x: [T, F].
+        bias: [F].
+    """
+    wide = wide_dtype(x.dtype)
+    return functional.gelu(x.to(wide) + bias.to(wide)).to(x.dtype)
+
+
+@accelerated
+def bias_gelu_layer_norm(
+    x: Tensor, bias: Tensor, weight: Tensor, ln_bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(GELU(x + bias)): [T, D], dtype of `x`.
+
+    Args:
+        x: [T, D].
+        bias: [D], of the product before.
+        weight: [D], of the normalisation.
+        ln_bias: [D], of the normalisation.
+        eps: Added to the variance.
+    """
+    wide = wide_dtype(x.dtype)
+    activated = functional.gelu(x.to(wide) + bias.to(wide))
+    return wide_layer_norm(activated, weight, ln_bias, eps).to(x.dtype)

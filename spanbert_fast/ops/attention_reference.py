@@ -1,0 +1,224 @@
+"""The numbers of variable-length attention, on tensors whose boundaries the host may read.
+
+Without dropout on a CPU, PyTorch's own tiled kernel runs. It knows no dropout, so the rest is
+written out: products of whole planes (one head of one sequence), a few planes at a time, so that
+their scores stay in the cache. Nothing of size length x length is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spanbert_fast.ops.precision import wide_dtype
+from spanbert_fast.ops.random import plane_keep_mask
+
+# Scores of one block of planes; four such buffers live at a time, next to each other in the cache.
+_BLOCK_BYTES = 1 << 20
+
+
+class Dropout(NamedTuple):
+    """Where the dropout mask comes from."""
+
+    threshold: int
+    """Of 65,536 lanes, so many mean "dropped"; not 0."""
+    seed: Tensor
+    """int64 scalar."""
+    sequence_ids: Tensor
+    """int64 [B]."""
+    site: int
+
+    @property
+    def scale(self) -> float:
+        """Factor of what is kept."""
+        return 65536 / (65536 - self.threshold)
+
+
+class _Group(NamedTuple):
+    """Neighbouring sequences of one length."""
+
+    first_sequence: int
+    num_sequences: int
+    rows: slice
+    length: int
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H, K] in the dtype of `query`, and log-sum-exp [T, H], wide."""
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = output.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype))
+    ids = dropout.sequence_ids.tolist() if dropout else []
+    with torch.autocast(query.device.type, enabled=False):
+        for group in _groups(cu_seqlens):
+            inputs = [_planes(rows, group) for rows in (query, key, value)]
+            bias = _window_bias(window, group.length, query)
+            if dropout is None and query.device.type == "cpu":
+                out, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *inputs, attn_mask=bias, scale=scale
+                )
+            else:
+                names = _plane_names(group, ids, query.shape[1])
+                out, log = _forward_planes(*inputs, scale, bias, dropout, names)
+            _planes(output, group).copy_(out)
+            _planes(lse, group).copy_(log)
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, [T, H, K] each."""
+    grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    ids = dropout.sequence_ids.tolist() if dropout else []
+    with torch.autocast(query.device.type, enabled=False):
+        for group in _groups(cu_seqlens):
+            inputs = [_planes(rows, group) for rows in (grad_output, query, key, value)]
+            bias = _window_bias(window, group.length, query)
+            log = _planes(lse, group)
+            if dropout is None and grad_lse is None and query.device.type == "cpu":
+                results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *inputs, _planes(output, group), log, 0.0, False, attn_mask=bias, scale=scale
+                )
+            else:
+                delta = (grad_output[group.rows].to(lse.dtype) * output[group.rows]).sum(-1)
+                if grad_lse is not None:
+                    delta = delta - grad_lse[group.rows]
+                delta = delta.unflatten(0, (-1, group.length)).transpose(1, 2)
+                names = _plane_names(group, ids, query.shape[1])
+                results = _backward_planes(*inputs, log, delta, scale, bias, dropout, names)
+            for grad, result in zip(grads, results, strict=True):
+                _planes(grad, group).copy_(result)
+    return grads[0], grads[1], grads[2]
+
+
+def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    first = 0
+    for index in range(1, len(lengths) + 1):
+        if index < len(lengths) and lengths[index] == lengths[first]:
+            continue
+        if lengths[first]:
+            rows = slice(bounds[first], bounds[index])
+            yield _Group(first, index - first, rows, lengths[first])
+        first = index
+
+
+def _planes(rows: Tensor, group: _Group) -> Tensor:
+    """The group's rows [n * L, H, ...] as planes [n, H, L, ...]; a view."""
+    return rows[group.rows].unflatten(0, (-1, group.length)).transpose(1, 2)
+
+
+def _plane_names(group: _Group, ids: list[int], num_heads: int) -> list[int]:
+    """sequence id * H + head of each plane."""
+    chosen = ids[group.first_sequence : group.first_sequence + group.num_sequences]
+    return [number * num_heads + head for number in chosen for head in range(num_heads)]
+
+
+def _window_bias(window: int | None, length: int, like: Tensor) -> Tensor | None:
+    """0 where a key is in the window of a query, else -inf: [L, L]; None: all are."""
+    if window is None or window >= length - 1:
+        return None
+    places = torch.arange(length, device=like.device)
+    far = (places[:, None] - places).abs() > window
+    return like.new_zeros((length, length)).masked_fill_(far, float("-inf"))
+
+
+def _blocks(num_planes: int, length: int, itemsize: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_BYTES // (length * length * itemsize))
+    for start in range(0, num_planes, step):
+        yield slice(start, min(start + step, num_planes))
+
+
+def _keep(dropout: Dropout, names: list[int], length: int) -> Tensor:
+    # As bytes: a product with them is several times faster than one with booleans.
+    seed, site = dropout.seed, dropout.site
+    keep = plane_keep_mask(names, length, length, dropout.threshold, seed, site)
+    return keep.view(torch.uint8)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Scaled scores of some planes, wide."""
+    wide = wide_dtype(query.dtype)
+    scores = torch.bmm(query.to(wide) * scale, key.to(wide).transpose(1, 2))
+    return scores if bias is None else scores.add_(bias)
+
+
+def _forward_planes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    names: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Output [n, H, L, K] and log-sum-exp [n, H, L] of planes [n, H, L, K]."""
+    shape, length = query.shape, query.shape[2]
+    query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
+    output = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype))
+    for block in _blocks(len(query), length, lse.element_size()):
+        scores = _scores(query[block], key[block], scale, bias)
+        probabilities = torch.softmax(scores, dim=-1)
+        # The largest score and its probability give the sum without a second exponential.
+        lse[block] = scores.amax(-1) - probabilities.amax(-1).log()
+        if dropout is not None:
+            probabilities.mul_(_keep(dropout, names[block], length)).mul_(dropout.scale)
+        output[block] = torch.bmm(probabilities.to(value.dtype), value[block])
+    return output.view(shape), lse.view(shape[:3])
+
+
+def _backward_planes(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    names: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of planes [n, H, L, K]; `delta` [n, H, L] is sum(output * its gradient)."""
+    shape, length, dtype = query.shape, query.shape[2], query.dtype
+    inputs = (grad_output, query, key, value)
+    grad_output, query, key, value = (rows.flatten(0, 1) for rows in inputs)
+    lse, delta = lse.flatten(0, 1)[..., None], delta.flatten(0, 1)[..., None]
+    grads = [torch.empty_like(query) for _ in range(3)]
+    for block in _blocks(len(query), length, lse.element_size()):
+        weights = _scores(query[block], key[block], scale, bias).sub_(lse[block]).exp_()
+        above = grad_output[block].to(lse.dtype)
+        grad_weights = torch.bmm(above, value[block].to(lse.dtype).transpose(1, 2))
+        applied = weights
+        if dropout is not None:
+            keep = _keep(dropout, names[block], length)
+            applied = (weights * keep).mul_(dropout.scale)
+            grad_weights.mul_(keep).mul_(dropout.scale)
+        grads[2][block] = torch.bmm(applied.to(dtype).transpose(1, 2), grad_output[block])
+        grad_scores = grad_weights.sub_(delta[block]).mul_(weights).mul_(scale).to(dtype)
+        grads[0][block] = torch.bmm(grad_scores, key[block])
+        grads[1][block] = torch.bmm(grad_scores.transpose(1, 2), query[block])
+    return grads[0].view(shape), grads[1].view(shape), grads[2].view(shape)
