@@ -1,4 +1,4 @@
-"""Exact GELU, x * Phi(x) with the Gaussian distribution function, fused with what stands beside it."""
+"""Exact GELU, x times the Gaussian distribution function of x, with what stands beside it."""
 
 from __future__ import annotations
 

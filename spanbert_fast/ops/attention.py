@@ -132,14 +132,14 @@ def _grid_attention(
     columns = torch.arange(max_seqlen, device=query.device)
     valid = columns < cu_seqlens.diff()[:, None]
     source = torch.where(valid, starts + columns, 0).flatten()
-    grids = [
-        rows.index_select(0, source).unflatten(0, (-1, max_seqlen)).transpose(1, 2)
-        for rows in (query, key, value)
-    ]
+    shape = (-1, max_seqlen, *query.shape[1:])
+    q, k, v = (
+        rows.index_select(0, source).view(shape).transpose(1, 2) for rows in (query, key, value)
+    )
     visible = valid[:, None, None, :]
     if window is not None:
         visible = visible & ((columns[:, None] - columns).abs() <= window)
-    mixed = functional.scaled_dot_product_attention(*grids, attn_mask=visible, scale=scale)
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     sequences, positions = token_places(cu_seqlens, num_tokens)
     rows = mixed.transpose(1, 2).flatten(0, 1)
     return rows.index_select(0, sequences * max_seqlen + positions)

@@ -7,6 +7,7 @@ their scores stay in the cache. Nothing of size length x length is kept for the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -56,20 +57,21 @@ def forward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, K] in the dtype of `query`, and log-sum-exp [T, H], wide."""
+    query, key, value = (_dense(rows) for rows in (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = output.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype))
     ids = dropout.sequence_ids.tolist() if dropout else []
     with torch.autocast(query.device.type, enabled=False):
         for group in _groups(cu_seqlens):
-            inputs = [_planes(rows, group) for rows in (query, key, value)]
+            q, k, v = (_planes(rows, group) for rows in (query, key, value))
             bias = _window_bias(window, group.length, query)
             if dropout is None and query.device.type == "cpu":
                 out, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *inputs, attn_mask=bias, scale=scale
+                    q, k, v, attn_mask=bias, scale=scale
                 )
             else:
                 names = _plane_names(group, ids, query.shape[1])
-                out, log = _forward_planes(*inputs, scale, bias, dropout, names)
+                out, log = _forward_planes(q, k, v, scale, bias, dropout, names)
             _planes(output, group).copy_(out)
             _planes(lse, group).copy_(log)
     return output, lse
@@ -89,24 +91,34 @@ def backward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, [T, H, K] each."""
+    query, key, value, grad_output = (_dense(rows) for rows in (query, key, value, grad_output))
     grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
     ids = dropout.sequence_ids.tolist() if dropout else []
     with torch.autocast(query.device.type, enabled=False):
         for group in _groups(cu_seqlens):
-            inputs = [_planes(rows, group) for rows in (grad_output, query, key, value)]
+            inputs = (_planes(rows, group) for rows in (grad_output, query, key, value))
+            above, q, k, v = inputs
             bias = _window_bias(window, group.length, query)
             log = _planes(lse, group)
             if dropout is None and grad_lse is None and query.device.type == "cpu":
                 results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *inputs, _planes(output, group), log, 0.0, False, attn_mask=bias, scale=scale
+                    above,
+                    q,
+                    k,
+                    v,
+                    _planes(output, group),
+                    log,
+                    0.0,
+                    False,
+                    attn_mask=bias,
+                    scale=scale,
                 )
             else:
-                delta = (grad_output[group.rows].to(lse.dtype) * output[group.rows]).sum(-1)
+                delta = (above.to(lse.dtype) * _planes(output, group)).sum(-1)
                 if grad_lse is not None:
-                    delta = delta - grad_lse[group.rows]
-                delta = delta.unflatten(0, (-1, group.length)).transpose(1, 2)
+                    delta = delta - _planes(grad_lse, group)
                 names = _plane_names(group, ids, query.shape[1])
-                results = _backward_planes(*inputs, log, delta, scale, bias, dropout, names)
+                results = _backward_planes(above, q, k, v, log, delta, scale, bias, dropout, names)
             for grad, result in zip(grads, results, strict=True):
                 _planes(grad, group).copy_(result)
     return grads[0], grads[1], grads[2]
@@ -114,7 +126,7 @@ def backward(
 
 def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     first = 0
     for index in range(1, len(lengths) + 1):
         if index < len(lengths) and lengths[index] == lengths[first]:
@@ -125,13 +137,19 @@ def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
         first = index
 
 
+def _dense(rows: Tensor) -> Tensor:
+    """The same rows with neighbouring elements of a head next to each other, as kernels want."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def _planes(rows: Tensor, group: _Group) -> Tensor:
     """The group's rows [n * L, H, ...] as planes [n, H, L, ...]; a view."""
-    return rows[group.rows].unflatten(0, (-1, group.length)).transpose(1, 2)
+    shape = (group.num_sequences, group.length, *rows.shape[1:])
+    return rows[group.rows].view(shape).transpose(1, 2)
 
 
 def _plane_names(group: _Group, ids: list[int], num_heads: int) -> list[int]:
-    """sequence id * H + head of each plane."""
+    """For each plane: sequence id * H + head."""
     chosen = ids[group.first_sequence : group.first_sequence + group.num_sequences]
     return [number * num_heads + head for number in chosen for head in range(num_heads)]
 

@@ -84,7 +84,7 @@ def linear_cross_entropy(
 class _Classes(NamedTuple):
     """What the targets ask of each class; shapes [rows] but for `class_weight`."""
 
-    index: Tensor
+    target: Tensor
     """Target, 0 for ignored rows."""
     valid: Tensor
     target_weight: Tensor
@@ -105,20 +105,23 @@ def _classes(
     dtype: torch.dtype,
 ) -> _Classes:
     valid = targets != ignore_index
-    index = torch.where(valid, targets, 0)
+    target = torch.where(valid, targets, 0)
     # Elsewhere the device would have to be asked and waited for; its own kernels check bounds.
-    if index.device.type == "cpu" and bool(((index < 0) | (index >= num_classes)).any()):
-        wrong = index[(index < 0) | (index >= num_classes)][0]
-        raise ValueError(f"a target is {wrong}, allowed is 0 to {num_classes - 1} or ignore_index")
+    if target.device.type == "cpu":
+        wrong = target[(target < 0) | (target >= num_classes)].tolist()
+        if wrong:
+            raise ValueError(
+                f"a target is {wrong[0]}, allowed is 0 to {num_classes - 1}, or {ignore_index}"
+            )
     share = valid.to(dtype)
     target_weight = share * (1.0 - label_smoothing)
     total: float | Tensor = float(num_classes)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
-        target_weight = target_weight * class_weight.index_select(0, index)
+        target_weight = target_weight * class_weight.index_select(0, target)
         total = class_weight.sum()
     spread = share * (label_smoothing / num_classes)
-    return _Classes(index, valid, target_weight, spread, class_weight, total)
+    return _Classes(target, valid, target_weight, spread, class_weight, total)
 
 
 def _chunks(num_rows: int, num_classes: int, itemsize: int) -> Iterator[slice]:
@@ -165,13 +168,13 @@ def _cross_entropy(
             logits = _logits(rows, weight, mlm_bias, sbo_bias, num_mlm, chunk)
             classes = _classes(targets[chunk], *options)
             log = logits.logsumexp(-1)
-            at_target = logits.gather(1, classes.index[:, None])[:, 0]
+            at_target = logits.gather(1, classes.target[:, None])[:, 0]
             loss[chunk] = classes.target_weight * (log - at_target)
             if label_smoothing:
                 weights = classes.class_weight
                 summed = logits.sum(-1) if weights is None else logits @ weights
                 loss[chunk] += classes.spread * (log * classes.total - summed)
-            correct[chunk] = (logits.argmax(-1) == classes.index) & classes.valid
+            correct[chunk] = (logits.argmax(-1) == classes.target) & classes.valid
             lse[chunk] = log
     return loss, correct, lse
 
@@ -194,7 +197,7 @@ def _cross_entropy_backward(
     num_rows, num_classes, wide = rows.shape[0], weight.shape[0], wide_dtype(rows.dtype)
     grad_rows = torch.empty_like(rows)
     grad_weight = weight.new_zeros(weight.shape, dtype=wide)
-    grad_biases = weight.new_zeros((2, num_classes), dtype=wide)
+    grad_biases = [weight.new_zeros(num_classes, dtype=wide) for _ in range(2)]
     options = (num_classes, class_weight, label_smoothing, ignore_index, wide)
     with torch.autocast(rows.device.type, enabled=False):
         for chunk in _chunks(num_rows, num_classes, wide.itemsize):
@@ -204,7 +207,7 @@ def _cross_entropy_backward(
             certain = grad * classes.target_weight
             factor = certain + grad * classes.spread * classes.total
             slope = logits.sub_(lse[chunk, None]).exp_().mul_(factor[:, None])
-            slope.scatter_add_(1, classes.index[:, None], -certain[:, None])
+            slope.scatter_add_(1, classes.target[:, None], -certain[:, None])
             if label_smoothing:
                 spread = (grad * classes.spread)[:, None]
                 weights = classes.class_weight
@@ -219,7 +222,7 @@ def _cross_entropy_backward(
         grad_rows,
         grad_weight.to(weight.dtype),
         grad_biases[0].to(mlm_bias.dtype),
-        grad_biases[1].to(sbo_bias.dtype, copy=True),
+        grad_biases[1].to(sbo_bias.dtype),
     )
 
 

@@ -168,7 +168,8 @@ def philox4x32_torch(counters: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
         counters: Four int64 tensors with values below 2^32 that broadcast against each other.
         seed: int64 scalar, the key (low word, high word).
     """
-    words = list(torch.broadcast_tensors(*counters))
+    # Each word depends on every counter word after five rounds, so the first rounds may stay small.
+    words = list(counters)
     key = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(_ROUNDS):
         low0, high0 = _multiply(words[0], _MULTIPLIERS[0])
