@@ -6,6 +6,7 @@ V vocabulary, W entries that may fill, n length of a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
@@ -144,11 +145,10 @@ def _check_arguments(
 def _check_length(length: object) -> None:
     if length is None:
         return
-    whole = isinstance(length, tuple | list) and all(type(bound) is int for bound in length)
-    if not whole or len(length) != 2:  # type: ignore[arg-type]
+    bounds = list(length) if isinstance(length, tuple | list) else []
+    if len(bounds) != 2 or not all(type(bound) is int for bound in bounds):
         raise TypeError(f"length must be (shortest, longest), two ints, not {length!r}")
-    shortest, longest = length  # type: ignore[misc]
-    if not 1 <= shortest <= longest:
+    if not 1 <= bounds[0] <= bounds[1]:
         raise ValueError(f"length must satisfy 1 <= shortest <= longest, not {length!r}")
 
 
@@ -172,7 +172,7 @@ def _check_sequences(model: Model, sequences: Sequence[list[int]], runs: Sequenc
 def _inference(model: Model) -> Iterator[None]:
     """No dropout and no gradients inside; every module's mode is restored."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    model.train(False)
     try:
         with torch.no_grad():
             yield
@@ -236,7 +236,7 @@ def _score(
                 logits = model.cls.mlm_logits(hidden.index_select(0, batch.mlm_positions))
             else:
                 logits = model.cls.sbo_logits(hidden, batch)
-            scores[name] = iter(_log_softmax(logits).split(sizes))
+            scores[name] = iter(torch.split(_log_softmax(logits), sizes))
     result = []
     for run in runs:
         parts = [next(rows) for name, rows in scores.items() if name in heads[run.group]]
@@ -262,13 +262,13 @@ def _candidates(
     spans = []
     for log_probability, ranks in k_best(values, top_k):
         token_ids = tuple(row[rank] for row, rank in zip(entries, ranks, strict=True))
-        logs = torch.tensor([row[rank] for row, rank in zip(values, ranks, strict=True)])
+        logs = [row[rank] for row, rank in zip(values, ranks, strict=True)]
         spans.append(
             FilledSpan(
                 text=_surface(tokenizer, token_ids),
                 token_ids=token_ids,
                 log_probability=log_probability,
-                token_probabilities=tuple(logs.exp().tolist()),
+                token_probabilities=tuple(math.exp(log) for log in logs),
                 start=run.start,
                 end=run.end,
                 head=head,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def k_best(columns: Sequence[Sequence[float]], k: int) -> list[tuple[float, tuple[int, ...]]]:
     """The k largest sums of one number per column, each with the rank taken from every column.
 
-    Exact. Every choice of ranks but the first has one parent, whose last non-zero rank is smaller by
-    one; the parent's sum is never the smaller one, so it leaves the heap earlier and brings the
+    Exact. Every choice of ranks but the first has one parent, whose last non-zero rank is smaller
+    by one; the parent's sum is never the smaller one, so it leaves the heap earlier and brings the
     child in. Costs O(k n^2 + k n log(k n)) for n columns of any size.
 
     Args:

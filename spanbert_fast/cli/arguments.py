@@ -42,7 +42,8 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, b
     fields: list[tuple[str, Any, Any]] = []
     switches: list[str] = []
     for field in dataclasses.fields(base):
-        hint, settings = hints[field.name], dict[str, Any]()
+        hint: Any = hints[field.name]
+        settings: dict[str, Any] = {}
         if field.name in command.renamed:
             settings["name"] = command.renamed[field.name]
         if field.name in command.positional:
@@ -52,10 +53,9 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, b
         elif type(None) in typing.get_args(hint):
             settings |= {"metavar": _metavar(hint), "help_behavior_hint": ""}
             switches += [field.name] if bool in typing.get_args(hint) else []
-        hint = Annotated[hint, tyro.conf.arg(**settings)]
-        if field.name in command.positional:
-            hint = tyro.conf.Positional[hint]
-        fields.append((field.name, hint, _default_of(field)))
+        marks = [tyro.conf.arg(**settings)]
+        marks += [tyro.conf.Positional] if field.name in command.positional else []
+        fields.append((field.name, Annotated[hint, *marks], _default_of(field)))
     if command.has_json:
         flag = Annotated[bool, tyro.conf.arg(help="Print JSON instead of a table.")]
         fields.append(("json", flag, dataclasses.field(default=False)))
@@ -63,7 +63,7 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, b
         base.__name__, fields, bases=(base,), frozen=True, kw_only=True
     )
     shown.__doc__ = base.__doc__
-    given = tyro.cli(
+    given: Any = tyro.cli(
         shown,
         args=_spell_out(arguments, switches),
         prog=f"spanbert-fast {name}",
@@ -75,7 +75,7 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, b
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field, for a field that replaces it."""
-    return dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+    return dataclasses.field(default=field.default, default_factory=field.default_factory)
 
 
 def _metavar(hint: Any) -> str:
@@ -95,7 +95,7 @@ def _spell_out(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
     """`--switch` and `--no-switch` with their value, for switches whose default is open."""
     flags = {f"--{name.replace('_', '-')}": name for name in switches}
     words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         flag = word.replace("_", "-")
         if flag in flags and following not in ("True", "False"):
             words += [flag, "True"]

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import spanbert_fast
-from spanbert_fast.arguments import Command, parse
+from spanbert_fast.cli.arguments import Command, parse
 
 DEBUG_VARIABLE = "SPANBERT_FAST_DEBUG"
 _USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
 def _run_prepare(options: Any, as_json: bool) -> int:
-    from spanbert_fast import render
+    from spanbert_fast.cli import render
     from spanbert_fast.data.prepare import prepare
 
     with render.PrepareView() as view:
@@ -31,16 +31,16 @@ def _run_prepare(options: Any, as_json: bool) -> int:
 
 
 def _run_pretrain(options: Any, _as_json: bool) -> int:
-    from spanbert_fast import render
+    from spanbert_fast.cli.progress import PretrainView
     from spanbert_fast.train.pretrain import pretrain
 
-    with render.PretrainView() as view:
+    with PretrainView() as view:
         pretrain(options, on_event=view)
     return 0
 
 
 def _run_evaluate(options: Any, as_json: bool) -> int:
-    from spanbert_fast import render
+    from spanbert_fast.cli import render
     from spanbert_fast.train.evaluate import evaluate
 
     render.evaluation(evaluate(options), as_json)
@@ -48,7 +48,7 @@ def _run_evaluate(options: Any, as_json: bool) -> int:
 
 
 def _run_fill(options: Any, as_json: bool) -> int:
-    from spanbert_fast import render
+    from spanbert_fast.cli import render
     from spanbert_fast.data.tokenizer import load_tokenizer
     from spanbert_fast.model.pretrained import Model
     from spanbert_fast.tasks.fill import fill_span
@@ -69,7 +69,7 @@ def _run_fill(options: Any, as_json: bool) -> int:
 
 
 def _run_convert(options: Any, as_json: bool) -> int:
-    from spanbert_fast import render
+    from spanbert_fast.cli import render
     from spanbert_fast.convert.fairseq import convert_fairseq
     from spanbert_fast.convert.huggingface import convert_huggingface
     from spanbert_fast.data.tokenizer import load_tokenizer
@@ -85,25 +85,28 @@ def _run_convert(options: Any, as_json: bool) -> int:
 
 
 def _run_doctor(_options: Any, as_json: bool) -> int:
-    from spanbert_fast import diagnose, render
+    from spanbert_fast.cli import render
+    from spanbert_fast.diagnose.machine import doctor
 
-    report = diagnose.doctor()
+    report = doctor()
     render.doctor(report, as_json)
     return 0 if report.is_healthy else _FAILURE
 
 
 def _run_verify(options: Any, as_json: bool) -> int:
-    from spanbert_fast import diagnose, render
+    from spanbert_fast.cli import render
+    from spanbert_fast.diagnose.folders import verify
 
-    report = diagnose.verify(options.directory)
+    report = verify(options.directory)
     render.verified(report, as_json)
     return 0 if report.is_intact else _FAILURE
 
 
 def _run_show(options: Any, as_json: bool) -> int:
-    from spanbert_fast import diagnose, render
+    from spanbert_fast.cli import render
+    from spanbert_fast.diagnose.folders import show
 
-    render.shown(diagnose.show(options.directory), as_json)
+    render.shown(show(options.directory), as_json)
     return 0
 
 
@@ -140,20 +143,20 @@ COMMANDS = {
     ),
     "doctor": Command(
         "say what this machine offers and test it",
-        "spanbert_fast.diagnose:DoctorOptions",
+        "spanbert_fast.diagnose.options:DoctorOptions",
         _run_doctor,
         has_json=True,
     ),
     "verify": Command(
         "check shards, checkpoints and models for damage",
-        "spanbert_fast.diagnose:VerifyOptions",
+        "spanbert_fast.diagnose.options:VerifyOptions",
         _run_verify,
         positional=("directory",),
         has_json=True,
     ),
     "show": Command(
         "say what a folder holds and how it was made",
-        "spanbert_fast.diagnose:ShowOptions",
+        "spanbert_fast.diagnose.options:ShowOptions",
         _run_show,
         positional=("directory",),
         has_json=True,
@@ -189,9 +192,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         return _FAILURE if isinstance(error, RuntimeError) else _USER_ERROR
 
 
-def _print_warning(
-    message: Warning | str, _category: object, _file: str, _line: int, *_rest: object
-) -> None:
+def _print_warning(message: Warning | str, *_where: object, **_more: object) -> None:
     sys.stderr.write(f"warning: {message}\n")
 
 
