@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_INITIAL_SCALE = 2.0**16
+_GROWTH_INTERVAL = 2_000
 
-class NonFiniteError(ArithmeticError):
+
+class NonFiniteError(RuntimeError):
     """The loss or the gradient of a step is infinite or no number.
 
     The parameters and the optimizer are as they were before that step.
@@ -20,7 +23,7 @@ class NonFiniteError(ArithmeticError):
         """The bad step, counted from 1."""
         self.what = what
         self.example_ids = tuple(example_ids)
-        """Blocks of the micro-batches whose loss is not finite; of the whole step if all are."""
+        """Blocks of the micro-batches whose loss is not finite; of the whole step if none is."""
         listed = ", ".join(map(str, self.example_ids[:20]))
         more = len(self.example_ids) - 20
         super().__init__(
@@ -33,9 +36,9 @@ class NonFiniteError(ArithmeticError):
 class _Verdict:
     step: int
     flags: Tensor
-    """[1 + micro-batches] on the host: the step is bad; the loss of a micro-batch is bad."""
+    """[1 + micro-batches] on the host: the run must stop; the loss of a micro-batch is bad."""
     copied: torch.cuda.Event | None
-    example_ids: tuple[tuple[int, ...], ...]
+    example_ids: Sequence[Tensor]
 
 
 class FinitenessGuard:
@@ -52,9 +55,9 @@ class FinitenessGuard:
         step: int,
         losses: Tensor,
         norm: Tensor,
-        example_ids: Sequence[Sequence[int]],
+        example_ids: Sequence[Tensor],
         *,
-        norm_may_overflow: bool = False,
+        may_overflow: Tensor | bool = False,
     ) -> Tensor:
         """1.0 where the update must not happen, 0.0 else: fp32, 0-dim, on the device.
 
@@ -62,20 +65,21 @@ class FinitenessGuard:
             step: Counted from 1.
             losses: [micro-batches], on the device.
             norm: Global norm of the gradient, 0-dim, on the device.
-            example_ids: Of each micro-batch.
-            norm_may_overflow: A scaler watches the norm; judge the losses alone.
+            example_ids: Of each micro-batch, on the host.
+            may_overflow: A gradient that is not finite skips the update but does not end the run,
+                because a loss scale will give way.
         """
         bad_losses = ~torch.isfinite(losses)
-        bad = bad_losses.any()
-        if not norm_may_overflow:
-            bad = bad | ~torch.isfinite(norm)
-        flags = torch.cat([bad[None], bad_losses]).to("cpu", non_blocking=True)
+        bad_norm = ~torch.isfinite(norm)
+        skip = bad_losses.any() | bad_norm
+        stop = bad_losses.any() | (bad_norm & ~torch.as_tensor(may_overflow, device=norm.device))
+        flags = torch.cat([stop[None], bad_losses]).to("cpu", non_blocking=True)
         copied = None
         if losses.device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(torch.cuda.current_stream(losses.device))
-        self._last = _Verdict(step, flags, copied, tuple(tuple(ids) for ids in example_ids))
-        return bad.float()
+        self._last = _Verdict(step, flags, copied, example_ids)
+        return skip.float()
 
     def check(self) -> None:
         """Look at the verdict on the last judged step.
@@ -88,9 +92,54 @@ class FinitenessGuard:
         verdict, self._last = self._last, None
         if verdict.copied is not None:
             verdict.copied.synchronize()
-        bad, *bad_losses = verdict.flags.tolist()
-        if not bad:
+        stop, *bad_losses = verdict.flags.tolist()
+        if not stop:
             return
         named = [i for i, is_bad in enumerate(bad_losses) if is_bad] or range(len(bad_losses))
-        ids = [example for index in named for example in verdict.example_ids[index]]
+        ids = [example for index in named for example in verdict.example_ids[index].tolist()]
         raise NonFiniteError(verdict.step, "loss" if any(bad_losses) else "gradient", ids)
+
+
+class LossScale:
+    """Keeps fp16 gradients out of underflow: the loss is multiplied, the gradient divided.
+
+    The factor halves when a gradient overflowed and doubles after 2,000 steps without that; it
+    lives on the device, so nothing waits. Without `enabled` everything passes unchanged.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self._scale = torch.tensor(_INITIAL_SCALE, device=device)
+        self._good_steps = torch.tensor(0, device=device)
+
+    @property
+    def may_overflow(self) -> Tensor | bool:
+        """Whether there is a factor left to halve."""
+        return self._scale > 1 if self.enabled else False
+
+    def multiply(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on."""
+        return loss * self._scale if self.enabled else loss
+
+    def divide(self, parameters: Iterable[Tensor]) -> None:
+        """Turn the gradients into those of the unscaled loss."""
+        gradients = [p.grad for p in parameters if p.grad is not None] if self.enabled else []
+        if gradients:
+            torch._foreach_mul_(gradients, 1 / self._scale)
+
+    def update(self, skipped: Tensor) -> None:
+        """Adapt the factor to whether the last update was skipped."""
+        if self.enabled:
+            self._good_steps = torch.where(skipped > 0, 0, self._good_steps + 1)
+            grown = self._good_steps == _GROWTH_INTERVAL
+            self._scale = self._scale * torch.where(skipped > 0, 0.5, torch.where(grown, 2.0, 1.0))
+            self._good_steps = torch.where(grown, 0, self._good_steps)
+
+    def state(self) -> dict[str, float]:
+        """JSON values for a checkpoint."""
+        return {"scale": float(self._scale), "good_steps": int(self._good_steps)}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Put back what `state` gave."""
+        self._scale.fill_(state["scale"])
+        self._good_steps.fill_(int(state["good_steps"]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
+from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.train.events import EvaluationResult, Progress
 
 
@@ -84,47 +87,66 @@ class Meter:
         self._num_steps = num_steps
         self._start_step = start_step
         self._peak = peak
-        self._paused = 0.0
         self._begun = self._last = time.perf_counter()
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = self._interval_tokens = 0
+        self._interval_steps = self._interval_tokens = 0
+        self._mlm_targets = self._sbo_targets = 0
         self._flops = 0.0
-        self._losses: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
-    def add(self, losses: Tensor, *, tokens: int, flops: float) -> None:
-        """Count one step.
+    def add(self, output: SpanBertOutput, batch: PackedBatch, flops: float) -> None:
+        """Count one micro-batch.
 
         Args:
-            losses: [3], the step's loss, mean MLM loss and mean SBO loss.
-            tokens: Real tokens of the step.
-            flops: Floating-point operations of the model in the step.
+            output: With all three losses.
+            batch: What went in, on any device.
+            flops: Floating-point operations of the model on it.
         """
-        self._losses.append(losses)
-        self._steps += 1
-        self._interval_tokens += tokens
-        self.tokens += tokens
+        num_mlm, num_sbo = len(batch.mlm_positions), len(batch.sbo_targets)
+        losses = (output.loss, output.mlm_loss, output.sbo_loss)
+        weights = (1, num_mlm, num_sbo)
+        self._sums.append(
+            torch.stack(
+                [
+                    loss.detach().double() * weight
+                    for loss, weight in zip(losses, weights, strict=True)
+                    if loss is not None
+                ]
+            )
+        )
+        self._mlm_targets += num_mlm
+        self._sbo_targets += num_sbo
+        self._interval_tokens += batch.num_tokens
+        self.tokens += batch.num_tokens
         self._flops += flops
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on evaluation or saving."""
-        self._paused += seconds
-        self._last += seconds
+    def end_step(self) -> None:
+        """All micro-batches of a step were counted."""
+        self._interval_steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent inside: evaluation and saving are no training speed."""
+        begun = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - begun
 
     def read(self, step: int, epoch: int, learning_rate: float, norm: Tensor) -> Progress:
         """The means since the last call; `step` steps are done."""
-        loss, mlm_loss, sbo_loss = torch.stack(self._losses).double().mean(0).tolist()
+        loss, mlm_loss, sbo_loss = torch.stack(self._sums).sum(0).tolist()
         now = time.perf_counter()
         seconds = now - self._last
-        per_step = (now - self._begun - self._paused) / (step - self._start_step)
+        # Evaluation and saving come back at the same rate, so they belong into the time left.
+        per_step = (now - self._begun) / (step - self._start_step)
         progress = Progress(
             step=step,
             num_steps=self._num_steps,
             epoch=epoch,
-            loss=loss,
-            mlm_loss=mlm_loss,
-            sbo_loss=sbo_loss,
+            loss=loss / self._interval_steps,
+            mlm_loss=mlm_loss / max(1, self._mlm_targets),
+            sbo_loss=sbo_loss / max(1, self._sbo_targets),
             learning_rate=learning_rate,
             gradient_norm=float(norm),
             tokens=self.tokens,

@@ -65,6 +65,8 @@ class PretrainOptions:
     """Steps between two lines of metrics."""
     eval_every: int | None = None
     """Steps between two evaluations; 0: none at all."""
+    eval_blocks: int | None = None
+    """Held-out blocks of an evaluation, rounded up to whole batches; 2048 unless given, 0: all."""
     save_every: int | None = None
     """Steps between two checkpoints."""
     keep_checkpoints: int | None = None
@@ -79,6 +81,8 @@ class PretrainOptions:
     """Recompute activations in the backward pass: less memory, a third more work."""
     compile: bool | None = None
     """Compile the model with torch.compile."""
+    language: str | None = None
+    """Language code for the model card, for example en."""
     allow_inexact_resume: bool = False
     """Continue a run even if versions, threads or settings changed, so that results may differ."""
     model: dict[str, Value] = field(default_factory=dict)
@@ -102,7 +106,7 @@ class EvaluateOptions:
     split: Literal["validation", "train"] = "validation"
     """Blocks to evaluate on."""
     max_blocks: int = 0
-    """Evaluate on the first blocks only; 0: on all."""
+    """Evaluate on this many of the first blocks, rounded up to whole batches; 0: on all."""
     threads: int | None = None
     """CPU threads; all cores unless given."""
     device: Device = "auto"
@@ -134,6 +138,7 @@ class Settings:
     reference_optimizer: bool
     log_every: int
     eval_every: int
+    eval_blocks: int
     save_every: int
     keep_checkpoints: int
     threads: int
@@ -141,6 +146,7 @@ class Settings:
     precision: str
     activation_checkpointing: bool
     compile: bool
+    language: str | None
     model: dict[str, Value]
     masking: dict[str, Value]
 
@@ -188,6 +194,7 @@ _LEAST = {
     "warmup_steps": 0,
     "log_every": 1,
     "eval_every": 0,
+    "eval_blocks": 0,
     "save_every": 1,
     "keep_checkpoints": 1,
     "threads": 1,
@@ -197,7 +204,9 @@ _DEFAULTS: dict[str, Any] = {
     "init": None,
     "seed": 0,
     "reference_optimizer": False,
+    "eval_blocks": 2_048,
     "keep_checkpoints": 2,
+    "language": None,
     "device": "auto",
     "precision": "auto",
     "activation_checkpointing": False,

@@ -1,4 +1,4 @@
-"""A bad step is flagged at once and named one step later."""
+"""A bad step is flagged at once and named one step later; fp16 has a scale that gives way first."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from spanbert_fast.train.finiteness import FinitenessGuard, NonFiniteError
+from spanbert_fast.train.finiteness import FinitenessGuard, LossScale, NonFiniteError
 
-IDS = [[1, 2], [3]]
+IDS = [torch.tensor([1, 2]), torch.tensor([3])]
+CPU = torch.device("cpu")
 
 
 def test_finite_steps_pass() -> None:
@@ -39,15 +40,51 @@ def test_a_bad_gradient_names_the_whole_step() -> None:
         guard.check()
 
 
-def test_a_scaler_may_watch_the_norm_instead() -> None:
-    guard = FinitenessGuard()
-    losses = torch.tensor([1.0, 2.0])
-    flag = guard.judge(2, losses, torch.tensor(math.inf), IDS, norm_may_overflow=True)
-    assert flag.item() == 0.0
-    guard.check()
-
-
 def test_a_long_list_of_ids_is_cut_in_the_message_only() -> None:
     error = NonFiniteError(1, "loss", range(100))
     assert str(error).endswith("19 and 80 more")
     assert len(error.example_ids) == 100
+
+
+def test_an_overflow_under_a_loss_scale_skips_but_does_not_stop() -> None:
+    guard, scale = FinitenessGuard(), LossScale(CPU, enabled=True)
+    losses = torch.tensor([1.0, 2.0])
+    for _ in range(16):
+        skip = guard.judge(2, losses, torch.tensor(math.inf), IDS, may_overflow=scale.may_overflow)
+        assert skip.item() == 1.0
+        guard.check()
+        scale.update(skip)
+    assert scale.state() == {"scale": 1.0, "good_steps": 0}
+    guard.judge(3, losses, torch.tensor(math.inf), IDS, may_overflow=scale.may_overflow)
+    with pytest.raises(NonFiniteError, match="step 3: the gradient"):
+        guard.check()
+
+
+def test_a_bad_loss_stops_under_a_loss_scale_too() -> None:
+    guard, scale = FinitenessGuard(), LossScale(CPU, enabled=True)
+    losses = torch.tensor([1.0, math.inf])
+    guard.judge(2, losses, torch.tensor(1.0), IDS, may_overflow=scale.may_overflow)
+    with pytest.raises(NonFiniteError, match="the loss"):
+        guard.check()
+
+
+def test_a_loss_scale_changes_no_gradient_and_grows() -> None:
+    scale = LossScale(CPU, enabled=True)
+    weight = torch.tensor([3.0], requires_grad=True)
+    scale.multiply((weight**2).sum()).backward()
+    scale.divide([weight, torch.zeros(1)])
+    assert weight.grad is not None
+    assert weight.grad.item() == 6.0
+    scale.restore({"scale": 8.0, "good_steps": 1_999})
+    scale.update(torch.tensor(0.0))
+    assert scale.state() == {"scale": 16.0, "good_steps": 0}
+
+
+def test_a_loss_scale_that_is_off_does_nothing() -> None:
+    scale = LossScale(CPU, enabled=False)
+    loss = torch.tensor(2.0)
+    assert scale.multiply(loss) is loss
+    before = scale.state()
+    scale.update(torch.tensor(1.0))
+    assert scale.state() == before
+    assert scale.may_overflow is False

@@ -1,0 +1,293 @@
+"""A run: everything the loop holds, built from settings or restored from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spanbert_fast.config import Config
+from spanbert_fast.data.loader import Step, StepLoader
+from spanbert_fast.model.outputs import SpanBertOutput
+from spanbert_fast.model.pretrained import Model
+from spanbert_fast.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_valid_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+)
+from spanbert_fast.train.events import CheckpointRefused, Event, Notice, RunStarted
+from spanbert_fast.train.finiteness import LossScale
+from spanbert_fast.train.machine import (
+    autocast_dtype,
+    choose_device,
+    choose_precision,
+    environment,
+)
+from spanbert_fast.train.metrics import Meter, MetricsLog, matmul_flops_per_second
+from spanbert_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from spanbert_fast.train.options import Settings
+from spanbert_fast.train.source import Source, open_source
+
+# What may differ between the parts of one run without changing a bit of its weights.
+_FREE_SETTINGS = {
+    "data",
+    "output",
+    "log_every",
+    "eval_every",
+    "eval_blocks",
+    "save_every",
+    "keep_checkpoints",
+    "language",
+    # These four stand in the environment as what became of them.
+    "preset",
+    "threads",
+    "device",
+    "precision",
+}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """State of a run. Its step is the loop's."""
+
+    settings: Settings
+    source: Source
+    device: torch.device
+    precision: str
+    model: Model
+    forward: Callable[..., SpanBertOutput]
+    """`model.forward_packed`, compiled if the user wants that."""
+    optimizer: torch.optim.AdamW
+    scale: LossScale
+    log: MetricsLog
+    meter: Meter
+    start_step: int
+    """Steps that a checkpoint has done."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.settings.output / "checkpoints"
+
+    @property
+    def has_held_out_blocks(self) -> bool:
+        """Whether evaluation is possible and wanted."""
+        return self.settings.eval_every > 0
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left; a function of settings and data alone."""
+        if self.start_step >= self.settings.steps:
+            return
+        masker = self.source.masker(
+            seed=self.settings.seed,
+            max_span_targets=self.model.config.max_span_targets,
+            settings=self.settings.masking,
+        )
+        with StepLoader(
+            self.source.shards,
+            "train",
+            masker,
+            seed=self.settings.seed,
+            global_batch_tokens=self.settings.global_batch_tokens,
+            num_micro_batches=self.settings.micro_batches,
+            start_step=self.start_step,
+            pin_memory=self.device.type == "cuda",
+        ) as loader:
+            for step in loader:
+                yield step
+                if step.step + 1 == self.settings.steps:
+                    return
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of a forward pass."""
+        dtype = autocast_dtype(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        """Arguments of `save_checkpoint` that hold the state of the run."""
+        named = list(self.model.named_parameters())
+        return {
+            "weights": dict(named),
+            "optimizer": optimizer_tensors(self.optimizer, named),
+            "state": {
+                "settings": self.settings.as_json(),
+                "environment": self.environment(),
+                "random": random_state(),
+                "scale": self.scale.state(),
+                "tokens": self.meter.tokens,
+                "untrained_heads": self.model.config.untrained_heads,
+            },
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be equal bit by bit."""
+        return {
+            **environment(self.device, self.precision),
+            "data": self.source.shards.manifest_hash,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put back weights, optimizer, generators and loss scale.
+
+        Raises:
+            CheckpointError: The checkpoint is of a model of another shape.
+        """
+        named = dict(self.model.named_parameters())
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in named.items()}:
+            raise CheckpointError("the checkpoint is of a model of another shape")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(checkpoint.weights[name])
+        load_optimizer_tensors(self.optimizer, named.items(), checkpoint.optimizer)
+        restore_random_state(checkpoint.state["random"])
+        self.scale.restore(checkpoint.state["scale"])
+        self.model.config.untrained_heads = checkpoint.state["untrained_heads"]
+
+
+def build_run(
+    settings: Settings, emit: Callable[[Event], None], *, allow_inexact_resume: bool
+) -> Run:
+    """A run that is ready for its next step.
+
+    Args:
+        settings: What the user chose.
+        emit: Gets what should be known before the first step.
+        allow_inexact_resume: Continue even where that cannot give the same bits.
+
+    Raises:
+        ValueError: The settings do not fit the data, or the run in the output folder.
+    """
+    source = open_source(settings.data)
+    if settings.eval_every and not source.shards.num_blocks("validation"):
+        raise ValueError(
+            f"{settings.data} has no held-out blocks; prepare it with a larger "
+            "--validation-permille, or choose --eval-every 0"
+        )
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, source)
+    model.to(device)  # type: ignore[arg-type]
+    found = latest_valid_checkpoint(
+        settings.output / "checkpoints",
+        on_refused=lambda path, reason: emit(CheckpointRefused(path=path, reason=reason)),
+    )
+    checkpoint = load_checkpoint(found) if found else None
+    start_step = checkpoint.step if checkpoint else 0
+    peak = matmul_flops_per_second(device, autocast_dtype(precision))
+    run = Run(
+        settings=settings,
+        source=source,
+        device=device,
+        precision=precision,
+        model=model,
+        forward=torch.compile(model.forward_packed, dynamic=True)
+        if settings.compile
+        else model.forward_packed,
+        optimizer=build_optimizer(
+            model, weight_decay=settings.weight_decay, reference=settings.reference_optimizer
+        ),
+        scale=LossScale(device, enabled=precision == "fp16"),
+        log=MetricsLog(settings.output, last_step=start_step),
+        meter=Meter(
+            num_steps=settings.steps,
+            start_step=start_step,
+            start_tokens=checkpoint.state["tokens"] if checkpoint else 0,
+            peak=peak,
+        ),
+        start_step=start_step,
+    )
+    if checkpoint:
+        _check_exactness(run, checkpoint, emit, allow=allow_inexact_resume)
+        run.restore(checkpoint)
+    model.train()
+    _write_description(run)
+    emit(_started(run, found, peak))
+    return run
+
+
+def build_model(settings: Settings, source: Source) -> Model:
+    """A model with random weights, or with those of `init`.
+
+    Raises:
+        ValueError: A field of the model is unknown, or the model does not fit the data.
+    """
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(set(settings.model) - known):
+        raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    manifest = source.shards.manifest
+    if settings.init:
+        model: Model = Model.from_pretrained(settings.init, dtype=torch.float32, **settings.model)
+        if int(model.config.vocab_size) < manifest.vocab_size:
+            raise ValueError(
+                f"{settings.init} has {model.config.vocab_size} vocabulary entries, "
+                f"the shards need {manifest.vocab_size}: prepare them with its tokenizer"
+            )
+    else:
+        fields: dict[str, Any] = {
+            "vocab_size": manifest.vocab_size,
+            "pad_token_id": manifest.special_token_ids["pad"],
+            # A position that no block reaches would keep a random vector.
+            "max_position_embeddings": manifest.seq_length,
+        }
+        model = Model(Config.preset(settings.preset, **(fields | settings.model)))
+    source.check_positions(int(model.config.max_position_embeddings))
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def _check_exactness(
+    run: Run, checkpoint: Checkpoint, emit: Callable[[Event], None], *, allow: bool
+) -> None:
+    """Say what differs from the run that wrote the checkpoint; refuse unless allowed."""
+    pairs: list[tuple[str, Any, Any]] = []
+    before, now = checkpoint.state["environment"], run.environment()
+    pairs += [(name, before.get(name), now.get(name)) for name in sorted(before | now)]
+    before, now = checkpoint.state["settings"], run.settings.as_json()
+    pairs += [(name, before.get(name), now.get(name)) for name in sorted(set(now) - _FREE_SETTINGS)]
+    found = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
+    if not found:
+        return
+    text = f"resuming {run.settings.output} is not exact: {'; '.join(found)}"
+    if not allow:
+        raise ValueError(f"{text}. Pass --allow-inexact-resume to continue nevertheless")
+    emit(Notice(text=text))
+
+
+def _write_description(run: Run) -> None:
+    values = {
+        "settings": run.settings.as_json(),
+        "environment": run.environment(),
+        "model": run.model.config.to_dict(),
+    }
+    path = run.settings.output / "run.json"
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _started(run: Run, found: Path | None, peak: float) -> RunStarted:
+    return RunStarted(
+        output=run.settings.output,
+        preset=run.settings.preset,
+        resumed_from=found,
+        start_step=run.start_step,
+        num_steps=run.settings.steps,
+        num_parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        global_batch_tokens=run.settings.global_batch_tokens,
+        training_blocks=run.source.shards.num_blocks("train"),
+        validation_blocks=run.source.shards.num_blocks("validation"),
+        precision=run.precision,
+        device=run.device.type,
+        num_threads=torch.get_num_threads(),
+        matmul_flops_per_second=peak,
+    )

@@ -1,0 +1,102 @@
+"""Token shards as training and evaluation see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.data.loader import evaluation_batches
+from spanbert_fast.data.masking import SpanMasker
+from spanbert_fast.data.shards import TokenShards
+from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
+
+Split = Literal["train", "validation"]
+
+# Scoring holds one row of logits per target, a third of the tokens at most.
+_EVALUATION_TOKENS = 8_192
+# Every model meets the same masks, whatever it was trained with.
+_EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards, and the tokenizer that made them."""
+
+    path: Path
+    shards: TokenShards
+    tokenizer: Any
+
+    def masker(
+        self, *, seed: int, max_span_targets: int, settings: Mapping[str, Any]
+    ) -> SpanMasker:
+        """A masker for this vocabulary.
+
+        The token for unknown pieces stands for a word and may be masked; random replacements
+        follow the unigram law of the training split.
+
+        Args:
+            seed: Of the masks.
+            max_span_targets: Slots of the span boundary head.
+            settings: Arguments of `SpanMasker` that differ from their defaults.
+        """
+        ids = self.shards.manifest.special_token_ids
+        arguments: dict[str, Any] = {
+            "mask_token_id": ids["mask"],
+            "special_token_ids": [ids[name] for name in ("pad", "cls", "sep", "mask")],
+            "replacement_ids": self.shards.replacement_sample(),
+            "max_span_targets": max_span_targets,
+            "seed": seed,
+        }
+        return SpanMasker(word_starts(self.tokenizer), **arguments, **settings)
+
+    def evaluation_batches(
+        self, split: Split, *, max_span_targets: int, max_blocks: int = 0
+    ) -> Iterator[PackedBatch]:
+        """The first blocks of a split under SpanBERT's masks, always the same.
+
+        Args:
+            split: "validation" or "train".
+            max_span_targets: Slots of the span boundary head.
+            max_blocks: Stop after the batch in which this many are reached; 0: give all.
+        """
+        masker = self.masker(seed=_EVALUATION_SEED, max_span_targets=max_span_targets, settings={})
+        longest = max(_EVALUATION_TOKENS, self.shards.manifest.seq_length)
+        blocks = 0
+        for batch in evaluation_batches(self.shards, masker, max_tokens=longest, split=split):
+            yield batch
+            blocks += batch.num_sequences
+            if max_blocks and blocks >= max_blocks:
+                return
+
+    def token_counts(self) -> Tensor:
+        """int64 [V], how often each piece stands in the training split."""
+        return torch.from_numpy(self.shards.unigram_counts())
+
+    def check_positions(self, max_position_embeddings: int) -> None:
+        """Refuse a model that is too short.
+
+        Raises:
+            ValueError: The shards have longer sequences than the model has positions.
+        """
+        length = self.shards.manifest.seq_length
+        if max_position_embeddings < length:
+            raise ValueError(
+                f"{self.path} has sequences of {length} tokens, "
+                f"the model has {max_position_embeddings} positions"
+            )
+
+
+def open_source(path: Path) -> Source:
+    """The verified shards in a folder.
+
+    Raises:
+        ValueError: They are damaged or incomplete.
+    """
+    shards = TokenShards.open(path)
+    return Source(path, shards, load_tokenizer(shards.tokenizer_directory))
