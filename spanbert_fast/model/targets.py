@@ -95,6 +95,10 @@ def span_targets(
     spans = spans.long()
     is_span = (spans != -1).any(dim=2)
     edges = spans[is_span]
+    in_order = (edges[:, 0] < edges[:, 1]) & (edges[:, 0] >= 0) & (edges[:, 1] < shape[1])
+    if not bool(in_order.all()):
+        wrong = edges[~in_order][0].tolist()
+        raise ValueError(f"sbo_spans must satisfy 0 <= left < right < {shape[1]}, got {wrong}")
     if targets is None:
         counts = edges[:, 1] - edges[:, 0] - 1
         ids = torch.full((int(counts.sum()),), IGNORED, dtype=torch.int64, device=spans.device)
@@ -131,14 +135,9 @@ def _counted_targets(config: Config, targets: Tensor, is_span: Tensor) -> tuple[
 def _packed_edges(
     edges: Tensor, is_span: Tensor, shape: tuple[int, int], kept: Tensor | None, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    num_rows, length = shape
-    in_order = (edges[:, 0] < edges[:, 1]) & (edges[:, 0] >= 0) & (edges[:, 1] < length)
-    if not bool(in_order.all()):
-        wrong = edges[~in_order][0].tolist()
-        raise ValueError(f"sbo_spans must satisfy 0 <= left < right < {length}, got {wrong}")
-    flat = is_span.nonzero()[:, :1] * length + edges
+    flat = is_span.nonzero()[:, :1] * shape[1] + edges
     if kept is not None:
-        place = torch.full((num_rows * length,), -1, device=edges.device)
+        place = torch.full((shape[0] * shape[1],), -1, device=edges.device)
         place[kept] = torch.arange(len(kept), device=edges.device)
         flat = place[flat]
     sequence = torch.searchsorted(cu_seqlens.long(), flat, right=True)
