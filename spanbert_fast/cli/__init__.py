@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import spanbert_fast
@@ -34,6 +37,7 @@ def _run_pretrain(options: Any, _as_json: bool) -> int:
     from spanbert_fast.cli.progress import PretrainView
     from spanbert_fast.train.pretrain import pretrain
 
+    _hide_progress_bars()
     with PretrainView() as view:
         pretrain(options, on_event=view)
     return 0
@@ -43,6 +47,7 @@ def _run_evaluate(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.train.evaluate import evaluate
 
+    _hide_progress_bars()
     render.evaluation(evaluate(options), as_json)
     return 0
 
@@ -53,6 +58,9 @@ def _run_fill(options: Any, as_json: bool) -> int:
     from spanbert_fast.model.pretrained import Model
     from spanbert_fast.tasks.fill import fill_span
 
+    _hide_progress_bars()
+    if options.model.startswith((".", os.sep)) and not os.path.isdir(options.model):
+        raise FileNotFoundError(f"no such folder: {options.model}")
     texts = list(options.text) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     found = fill_span(
@@ -72,16 +80,34 @@ def _run_convert(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.convert.fairseq import convert_fairseq
     from spanbert_fast.convert.huggingface import convert_huggingface
-    from spanbert_fast.data.tokenizer import load_tokenizer
 
+    _hide_progress_bars()
     vocab = options.vocab
     if vocab is None and (options.source / "vocab.txt").is_file():
         vocab = str(options.source)
-    tokenizer = None if vocab is None else load_tokenizer(vocab)
+    tokenizer = None if vocab is None else _load_vocabulary(vocab)
     convert = convert_fairseq if options.source_format == "fairseq" else convert_huggingface
     paths = (options.source, options.output)
     render.converted(convert(*paths, config=options.config, tokenizer=tokenizer), as_json)
     return 0
+
+
+def _load_vocabulary(name: str) -> Any:
+    """The tokenizer of a `vocab.txt`, a folder or a hub repository."""
+    from spanbert_fast.data.tokenizer import load_tokenizer
+
+    if not Path(name).is_file():
+        return load_tokenizer(name)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(name, Path(folder) / "vocab.txt")
+        return load_tokenizer(folder)
+
+
+def _hide_progress_bars() -> None:
+    """Loading takes moments; bars of it would stand between the lines that matter."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _run_doctor(_options: Any, as_json: bool) -> int:
@@ -97,6 +123,7 @@ def _run_verify(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.diagnose.folders import verify
 
+    _hide_progress_bars()
     report = verify(options.directory)
     render.verified(report, as_json)
     return 0 if report.is_intact else _FAILURE

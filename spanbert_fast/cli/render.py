@@ -64,7 +64,9 @@ def table(
             cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
             sys.stdout.write("  ".join(cells).rstrip() + "\n")
         return
-    shown = Table(title=title or None, title_justify="left", header_style="bold")
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    shown = Table(header_style="bold")
     for index, column in enumerate(columns):
         is_number = index >= len(columns) - numbers
         shown.add_column(column, justify="right" if is_number else "left")
@@ -104,12 +106,12 @@ def filled(texts: Sequence[str], found: Sequence[Sequence[FilledSpan]], as_json:
             )
             for rank, span in enumerate(spans, 1)
         ]
-        left, right = text[max(0, first.start - 40) : first.start], text[first.end :][:40]
+        context = text[max(0, first.start - 40) : first.end + 40]
         table(
             console,
             ("", "span", "head", "log p", "p of each token"),
             rows,
-            title=f"{where}: {left}[{first.text}]{right}",
+            title=f"{where}: {context}",
             numbers=2,
         )
 
