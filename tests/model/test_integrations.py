@@ -85,9 +85,7 @@ def test_parametrizations_act(model: Model, padded: dict[str, Tensor]) -> None:
     assert (model(**padded).loss - before).abs() > 1e-6
 
 
-def test_a_decoder_that_must_be_called_is_refused(
-    model: Model, padded: dict[str, Tensor]
-) -> None:
+def test_a_decoder_that_must_be_called_is_refused(model: Model, padded: dict[str, Tensor]) -> None:
     model.cls.predictions.decoder.register_forward_hook(lambda _m, _i, output: output)
     with pytest.raises(TypeError, match=r"cls\.predictions\.decoder must be a plain nn\.Linear"):
         model(**padded)

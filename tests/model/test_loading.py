@@ -120,9 +120,7 @@ def test_plain_transformers_loads_our_folder(model: Model, tmp_path: Path) -> No
     torch.testing.assert_close(expected, states, rtol=0, atol=1e-9)
 
 
-def test_masked_lm_folder(
-    hf_config: BertConfig, padded: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_masked_lm_folder(hf_config: BertConfig, padded: dict[str, Tensor], tmp_path: Path) -> None:
     twin = BertForMaskedLM(hf_config).eval()
     twin.save_pretrained(tmp_path)
     model, messages = load_warned(tmp_path)
@@ -193,7 +191,10 @@ def test_malicious_pickle_is_refused(
 
 def test_extra_heads_are_named_once(hf_config: BertConfig, tmp_path: Path) -> None:
     BertForPreTraining(hf_config).save_pretrained(tmp_path)
-    model, messages = load_warned(tmp_path)
+    loaded: Any = load_warned(tmp_path, output_loading_info=True)
+    (model, report), messages = loaded
+    assert {"bert.pooler.dense.weight", "cls.seq_relationship.bias"} <= report["unexpected_keys"]
+    assert "cls.span_boundary.bias" in report["missing_keys"]
     assert model.config.untrained_heads == ["sbo"]
     assert len(messages) == 1
     assert "bert.pooler.dense, cls.seq_relationship" in messages[0]

@@ -39,9 +39,7 @@ def flat(packed: PackedBatch) -> dict[str, Any]:
     }
 
 
-def test_packed_equals_padded(
-    model: Model, padded: dict[str, Tensor], packed: PackedBatch
-) -> None:
+def test_packed_equals_padded(model: Model, padded: dict[str, Tensor], packed: PackedBatch) -> None:
     a, b = model(**padded), model.forward_packed(packed)
     kept = padded["attention_mask"].bool()
     torch.testing.assert_close(a.logits[kept], b.logits, **CLOSE)
@@ -72,9 +70,7 @@ def test_one_by_one_equals_padded(model: Model, padded: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize("form", ["boundaries", "boundaries and lengths", "restarting positions"])
-def test_one_packed_row(
-    model: Model, flat: dict[str, Any], packed: PackedBatch, form: str
-) -> None:
+def test_one_packed_row(model: Model, flat: dict[str, Any], packed: PackedBatch, form: str) -> None:
     if form == "restarting positions":
         flat["position_ids"] = packed.position_ids[None]
     else:

@@ -115,9 +115,7 @@ def test_evaluation(
     assert labels.shape[0] == 4
 
 
-def test_training_learns_and_saves(
-    model: Model, tokenizer: BertTokenizer, tmp_path: Path
-) -> None:
+def test_training_learns_and_saves(model: Model, tokenizer: BertTokenizer, tmp_path: Path) -> None:
     rows = Rows([dict(tokenizer(sentence)) for sentence in SENTENCES * 4])
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=1)
     run = trainer(
@@ -138,9 +136,7 @@ def test_training_learns_and_saves(
         assert torch.equal(weight, model.state_dict()[name])
 
 
-def test_accumulation_does_not_change_loss_or_gradient_norm(
-    config: Config, tmp_path: Path
-) -> None:
+def test_accumulation_does_not_change_loss_or_gradient_norm(config: Config, tmp_path: Path) -> None:
     """Hugging Face's own BERT multiplies both by the number of accumulated batches."""
     generator = torch.Generator().manual_seed(0)
     rows = []
