@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from spanbert_fast.config import HEADS
 
 _HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
+_TIED_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
 _MAX_NAMES = 8
 
 
@@ -78,6 +79,20 @@ class ReportedLoading:
         model._files = checkpoint_files or []
         load = super(ReportedLoading, type(model))._load_pretrained_model  # type: ignore[misc]
         return load(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def tie_weights(
+        self, missing_keys: set[str] | None = None, recompute_mapping: bool = True
+    ) -> None:
+        """Shares the tied tensors; see Hugging Face."""
+        parent: Any = super()
+        # A file without an MLM head lacks both, for which Hugging Face would call it corrupted.
+        # The first one holds its initial value by now, so it may count as present meanwhile.
+        lacks_both = missing_keys is not None and missing_keys.issuperset(_TIED_BIASES)
+        if missing_keys is not None and lacks_both:
+            missing_keys.discard(_TIED_BIASES[0])
+        parent.tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        if missing_keys is not None and lacks_both:
+            missing_keys.add(_TIED_BIASES[0])
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         parent: Any = super()

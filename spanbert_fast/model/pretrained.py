@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -149,10 +148,8 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             labels=labels,
             sbo_spans=sbo_spans,
             sbo_targets=sbo_targets,
+            sequence_ids=sequence_ids,
         )
-        batch = inputs.batch
-        if sequence_ids is not None:
-            batch = dataclasses.replace(batch, sequence_ids=sequence_ids)
         request = Request(
             inputs_embeds=inputs.inputs_embeds,
             learns=labels is not None or sbo_targets is not None,
@@ -164,7 +161,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        output = self._answer(batch, request, inputs)
+        output = self._answer(inputs.batch, request, inputs)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers.utils import logging
 
 from spanbert_fast.config import Config
 from spanbert_fast.model.pretrained import Model
@@ -131,13 +132,19 @@ def test_masked_lm_folder(hf_config: BertConfig, padded: dict[str, Tensor], tmp_
     torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_encoder_folder_without_prefix(hf_config: BertConfig, tmp_path: Path) -> None:
+def test_encoder_folder_without_prefix(
+    hf_config: BertConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     twin = BertModel(hf_config).eval()
     twin.save_pretrained(tmp_path)
+    logging.enable_propagation()
     model, messages = load_warned(tmp_path)
+    logging.disable_propagation()
+    assert caplog.text == ""
     assert model.config.untrained_heads == ["mlm", "sbo"]
     assert len(messages) == 1
     assert "no complete MLM and SBO head" in messages[0]
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
     assert "pooler.dense" in messages[0]
     ids = torch.arange(5, 15)[None]
     states = model.bert(ids).last_hidden_state
@@ -243,6 +250,8 @@ def test_untrained_heads_stay_silent_until_trained(
     silent = model(**inputs)
     assert silent.logits is None
     assert silent.sbo_logits is None
+    with pytest.raises(KeyError, match=r"logits was not computed.*untrained_heads"):
+        silent["logits"]
     asked = model(**inputs, return_logits=True)
     assert asked.logits is not None
     assert asked.sbo_logits is not None

@@ -139,6 +139,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("targets' shape", {"sbo_targets": torch.zeros(4, 2, 5).long()}, "sbo_targets must have sh"),
     ("order", {"sbo_spans": torch.tensor([[[5, 3]] * 3] * 4)}, "left < right < 14, got"),
     ("seed", {"dropout_seed": torch.tensor(1.0)}, "dropout_seed must be an int64 scalar"),
+    ("names", {"sequence_ids": torch.arange(3)}, r"sequence_ids must be integers of shape \(4,"),
     ("attentions", {"output_attentions": True}, 'attn_implementation="eager"'),
 ]
 
