@@ -205,7 +205,9 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     try:
         options, as_json = parse(command, name, arguments)
-        return command.run(options, as_json)
+        status = command.run(options, as_json)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED

@@ -124,16 +124,23 @@ class PretrainView(_View):
 
     def _progress(self, event: training.Progress) -> None:
         left = timedelta(seconds=round(event.seconds_left))
-        figures = (
-            f"step {event.step}/{event.num_steps}  loss {event.loss:.3f}  "
-            f"mlm {event.mlm_loss:.3f}  sbo {event.sbo_loss:.3f}  "
-            f"{event.tokens_per_second:,.0f} tokens/s  mfu {event.flop_utilisation:.0%}  "
-            f"left {left}"
+        place = (
+            f"step {event.step}/{event.num_steps}",
+            f"left {left}",
+            f"{event.tokens_per_second:,.0f} tokens/s",
+            f"mfu {event.flop_utilisation:.0%}",
+        )
+        losses = (
+            f"loss {event.loss:.3f}",
+            f"mlm {event.mlm_loss:.3f}",
+            f"sbo {event.sbo_loss:.3f}",
+            f"lr {event.learning_rate:.1e}",
         )
         if self.task is not None:
+            figures = "\n".join(("  ".join(place), "  ".join(losses)))
             self.bar.update(self.task, completed=event.step, figures=figures)
         if not self.console.is_terminal:
-            self.line(figures)
+            self.line("  ".join((place[0], *losses, *place[1:])))
 
     def _examples(self, examples: tuple[training.SpanExample, ...]) -> None:
         rows = [
