@@ -228,7 +228,8 @@ def _parquet_documents(part: Part, text_column: str) -> Iterator[bytes]:
         if text_column not in names:
             raise ValueError(f"{part.path} has no column {text_column!r}, only {', '.join(names)}")
         kind = file.schema_arrow.field(text_column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (is_text or pa.types.is_null(kind)):
             raise ValueError(f"{part.path} has {kind} in column {text_column!r}, must be string")
         groups = list(range(part.start, part.end))
         for batch in file.iter_batches(1024, row_groups=groups, columns=[text_column]):
