@@ -169,47 +169,13 @@ SpanMasker make_masker(const Array<bool>& word_starts, const Array<std::int32_t>
                      .rejections_per_token = rejections_per_token});
 }
 
-// Copied, because another Python thread may write to the array while the GIL is free.
-std::vector<std::int32_t> checked_boundaries(const Array<std::int32_t>& cu_seqlens,
-                                             std::size_t num_tokens) {
-  const auto cu = view(cu_seqlens, "cu_seqlens");
-  std::vector<std::int32_t> bounds(cu.begin(), cu.end());
-  if (bounds.empty() || bounds.front() != 0) {
-    throw py::value_error("cu_seqlens must begin with 0, has " +
-                          (bounds.empty() ? "no items" : std::to_string(bounds.front())));
-  }
-  for (std::size_t index = 1; index < bounds.size(); ++index) {
-    if (bounds[index] < bounds[index - 1]) {
-      throw py::value_error("cu_seqlens[" + std::to_string(index) + "] is " +
-                            std::to_string(bounds[index]) + ", must be at least " +
-                            std::to_string(bounds[index - 1]));
-    }
-  }
-  if (static_cast<std::size_t>(bounds.back()) != num_tokens) {
-    throw py::value_error("cu_seqlens ends with " + std::to_string(bounds.back()) +
-                          ", must end with " + std::to_string(num_tokens) +
-                          " (items of input_ids)");
-  }
-  return bounds;
-}
-
-std::vector<TaggedSpan> checked_spans(const Array<std::int32_t>& spans, std::int64_t num_tokens) {
+std::vector<TaggedSpan> to_spans(const Array<std::int32_t>& spans) {
   if (spans.ndim() != 2 || spans.shape(1) != 2) {
     throw py::value_error("spans must have shape [P, 2]");
   }
   std::vector<TaggedSpan> tagged;
   for (py::ssize_t index = 0; index < spans.shape(0); ++index) {
-    const TaggedSpan span{spans.at(index, 0), spans.at(index, 1)};
-    const std::string name = "spans[" + std::to_string(index) + "] is [" +
-                             std::to_string(span.begin) + ", " + std::to_string(span.end) + ")";
-    if (span.begin < 0 || span.begin >= span.end || span.end > num_tokens) {
-      throw py::value_error(name + ", must be half-open, not empty and within [0, " +
-                            std::to_string(num_tokens) + ")");
-    }
-    if (!tagged.empty() && span.begin < tagged.back().begin) {
-      throw py::value_error(name + ", must not begin before the span ahead of it");
-    }
-    tagged.push_back(span);
+    tagged.push_back({spans.at(index, 0), spans.at(index, 1)});
   }
   return tagged;
 }
@@ -218,10 +184,14 @@ py::tuple mask(const SpanMasker& masker, const Array<std::int32_t>& input_ids,
                const Array<std::int32_t>& cu_seqlens, const Array<std::int64_t>& example_ids,
                const Array<std::int32_t>& spans, std::uint32_t epoch, std::int64_t num_threads) {
   const auto tokens = view(input_ids, "input_ids");
-  const auto cu = checked_boundaries(cu_seqlens, tokens.size());
+  // Copied, because another Python thread may write to the arrays while the GIL is free.
+  const auto bounds = view(cu_seqlens, "cu_seqlens");
+  const std::vector<std::int32_t> cu(bounds.begin(), bounds.end());
+  const std::vector<TaggedSpan> tagged = to_spans(spans);
   const auto ids = view(example_ids, "example_ids");
+  check_boundaries(cu, tokens.size());
   check_length("example_ids", ids.size(), cu.size() - 1, "items of cu_seqlens less one");
-  const auto tagged = checked_spans(spans, static_cast<std::int64_t>(tokens.size()));
+  check_spans(tagged, tokens.size());
   const std::size_t threads = check_threads(num_threads);
   py::array_t<std::int32_t> out(static_cast<py::ssize_t>(tokens.size()));
   std::int32_t* const data = out.mutable_data();

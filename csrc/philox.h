@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 // One body compiled for several instruction sets, chosen when the library is loaded. Sanitizers
 // instrument the resolver, which runs before they are ready, so there the plain body is used.
@@ -20,39 +21,63 @@
 #define SPANBERT_FAST_INLINE [[gnu::always_inline]] inline
 #endif
 
+// Without it the loop over rounds hides the loop over counters from the vectoriser.
+#if defined(__GNUC__) && !defined(__clang__)
+#define SPANBERT_FAST_UNROLL _Pragma("GCC unroll 10")
+#else
+#define SPANBERT_FAST_UNROLL
+#endif
+
 namespace spanbert_fast {
 
 static_assert(std::endian::native == std::endian::little, "bit packing assumes little-endian");
 
-inline constexpr int kPhiloxRounds = 10;
-inline constexpr std::uint32_t kPhiloxMultiplier0 = 0xD2511F53;
-inline constexpr std::uint32_t kPhiloxMultiplier1 = 0xCD9E8D57;
-inline constexpr std::uint32_t kPhiloxWeyl0 = 0x9E3779B9;
-inline constexpr std::uint32_t kPhiloxWeyl1 = 0xBB67AE85;
-
-// Counters side by side, one array per counter word, so that a compiler turns the loops into
-// vectors.
-template <int kCounters>
-struct PhiloxBatch {
-  std::uint32_t words[4][kCounters];
-
-  // Replaces every counter by its four random words.
-  SPANBERT_FAST_INLINE void encrypt(std::uint64_t key) {
-    auto key0 = static_cast<std::uint32_t>(key);
-    auto key1 = static_cast<std::uint32_t>(key >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      for (int i = 0; i < kCounters; ++i) {
-        const std::uint64_t product0 = std::uint64_t{kPhiloxMultiplier0} * words[0][i];
-        const std::uint64_t product1 = std::uint64_t{kPhiloxMultiplier1} * words[2][i];
-        words[0][i] = static_cast<std::uint32_t>(product1 >> 32) ^ words[1][i] ^ key0;
-        words[1][i] = static_cast<std::uint32_t>(product1);
-        words[2][i] = static_cast<std::uint32_t>(product0 >> 32) ^ words[3][i] ^ key1;
-        words[3][i] = static_cast<std::uint32_t>(product0);
-      }
-      key0 += kPhiloxWeyl0;
-      key1 += kPhiloxWeyl1;
-    }
-  }
+// Words 0 and 1 of a counter, or words 2 and 3; the earlier one in the low half.
+struct PhiloxWords {
+  std::uint64_t low;
+  std::uint64_t high;
 };
+
+// The four random words of one counter. Each word lives in 64 bits, whose high half may hold
+// garbage until the end: so a round is two widening products and no packing, which compilers turn
+// into vectors of counters.
+SPANBERT_FAST_INLINE PhiloxWords philox(std::uint64_t c0, std::uint64_t c1, std::uint64_t c2,
+                                        std::uint64_t c3, std::uint64_t key) {
+  constexpr std::uint64_t kLowHalf = 0xFFFFFFFF;
+  auto key0 = static_cast<std::uint32_t>(key);
+  auto key1 = static_cast<std::uint32_t>(key >> 32);
+  SPANBERT_FAST_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t product0 = 0xD2511F53 * (c0 & kLowHalf);
+    const std::uint64_t product1 = 0xCD9E8D57 * (c2 & kLowHalf);
+    c0 = (product1 >> 32) ^ c1 ^ key0;
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ key1;
+    c3 = product0;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  return {(c0 & kLowHalf) | c1 << 32, (c2 & kLowHalf) | c3 << 32};
+}
+
+// The words of counters (first, c1, c2, c3), (first + 1, c1, c2, c3), ...: 4 * kCounters words in a
+// row.
+template <int kCounters>
+SPANBERT_FAST_INLINE void philox_batch(std::uint32_t first, std::uint32_t c1, std::uint32_t c2,
+                                       std::uint32_t c3, std::uint64_t key, void* words) {
+  std::uint64_t low[kCounters];
+  std::uint64_t high[kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    const PhiloxWords drawn = philox(first + static_cast<std::uint32_t>(i), c1, c2, c3, key);
+    low[i] = drawn.low;
+    high[i] = drawn.high;
+  }
+  std::uint64_t pairs[2 * kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    pairs[2 * i] = low[i];
+    pairs[2 * i + 1] = high[i];
+  }
+  std::memcpy(words, pairs, sizeof(pairs));
+}
 
 }  // namespace spanbert_fast

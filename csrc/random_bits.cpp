@@ -9,7 +9,7 @@
 namespace spanbert_fast {
 namespace {
 
-constexpr int kCounters = 16;
+constexpr int kCounters = 32;
 constexpr int kLanes = 8;  // 16-bit lanes of one counter
 constexpr int kStride = kCounters * kLanes;
 
@@ -17,20 +17,8 @@ constexpr int kStride = kCounters * kLanes;
 SPANBERT_FAST_INLINE void fill_stride(bool* out, std::int64_t num_columns,
                                       std::uint32_t first_counter, std::uint32_t row,
                                       std::uint32_t plane, const DropoutStream& stream) {
-  PhiloxBatch<kCounters> batch;
-  for (int i = 0; i < kCounters; ++i) {
-    batch.words[0][i] = first_counter + static_cast<std::uint32_t>(i);
-    batch.words[1][i] = row;
-    batch.words[2][i] = plane;
-    batch.words[3][i] = stream.site;
-  }
-  batch.encrypt(stream.seed);
-  std::uint32_t words[kCounters * 4];
-  for (int i = 0; i < kCounters; ++i) {
-    for (int word = 0; word < 4; ++word) words[4 * i + word] = batch.words[word][i];
-  }
   std::uint16_t lanes[kStride];
-  std::memcpy(lanes, words, sizeof(lanes));
+  philox_batch<kCounters>(first_counter, row, plane, stream.site, stream.seed, lanes);
   std::uint8_t kept[kStride];
   // A 16-bit comparison fills twice the vector of a 32-bit one; threshold 65536 (nothing kept)
   // needs the wide one.
@@ -81,10 +69,9 @@ void fill_attention_rows(bool* out, std::int64_t begin, std::int64_t end, std::i
 void philox4x32(const std::uint32_t* counters, std::uint32_t* out, std::int64_t num_counters,
                 std::uint64_t key) {
   for (std::int64_t i = 0; i < num_counters; ++i) {
-    PhiloxBatch<1> batch;
-    for (int word = 0; word < 4; ++word) batch.words[word][0] = counters[4 * i + word];
-    batch.encrypt(key);
-    for (int word = 0; word < 4; ++word) out[4 * i + word] = batch.words[word][0];
+    const std::uint32_t* const counter = counters + 4 * i;
+    const PhiloxWords words = philox(counter[0], counter[1], counter[2], counter[3], key);
+    std::memcpy(out + 4 * i, &words, sizeof(words));
   }
 }
 

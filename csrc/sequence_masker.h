@@ -1,62 +1,22 @@
 // The engine of span_masker.h for one sequence at a time; one per thread, its memory is used again.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "bits.h"
-#include "philox.h"
 #include "span_masker.h"
+#include "word_stream.h"
 
 namespace spanbert_fast {
-
-// u_0, u_1, ... of one example, drawn in batches.
-class WordStream {
- public:
-  SPANBERT_FAST_INLINE WordStream(std::uint64_t seed, std::uint32_t epoch, std::int64_t example_id)
-      : seed_(seed), epoch_(epoch), example_id_(static_cast<std::uint64_t>(example_id)) {}
-
-  SPANBERT_FAST_INLINE std::uint32_t next() {
-    if (position_ == kWords) refill();
-    return words_[position_++];
-  }
-
-  // An integer below limit <= 2^32.
-  SPANBERT_FAST_INLINE std::int64_t below(std::int64_t limit) {
-    return static_cast<std::int64_t>((next() * static_cast<std::uint64_t>(limit)) >> 32);
-  }
-
- private:
-  static constexpr int kCounters = 16;
-  static constexpr int kWords = 4 * kCounters;
-
-  SPANBERT_FAST_INLINE void refill() {
-    PhiloxBatch<kCounters> batch;
-    for (int i = 0; i < kCounters; ++i) {
-      batch.words[0][i] = counter_ + static_cast<std::uint32_t>(i);
-      batch.words[1][i] = epoch_;
-      batch.words[2][i] = static_cast<std::uint32_t>(example_id_);
-      batch.words[3][i] = static_cast<std::uint32_t>(example_id_ >> 32);
-    }
-    batch.encrypt(seed_);
-    for (int i = 0; i < kCounters; ++i) {
-      for (int word = 0; word < 4; ++word) words_[4 * i + word] = batch.words[word][i];
-    }
-    counter_ += kCounters;
-    position_ = 0;
-  }
-
-  std::uint64_t seed_;
-  std::uint32_t epoch_;
-  std::uint64_t example_id_;
-  std::uint32_t counter_ = 0;
-  int position_ = kWords;
-  std::uint32_t words_[kWords];
-};
 
 // One sequence: where it comes from, where it goes, and its tagged spans.
 template <typename Token, typename Out>
@@ -134,23 +94,27 @@ class SequenceMasker {
     const std::uint8_t* const flags = masker_.token_flags();
     const auto vocabulary_size = static_cast<std::uint32_t>(masker_.vocabulary_size());
     Word after_special = 1;  // Nothing stands before the first token, so it begins a block.
-    std::uint8_t seen = 0;
+    Word unknown = 0;
     for (std::size_t word = 0; word < num_words; ++word) {
-      const std::int64_t first = 64 * static_cast<std::int64_t>(word);
-      const std::int64_t count = std::min<std::int64_t>(64, sequence.length - first);
+      const Token* const tokens = sequence.tokens + 64 * word;
+      const std::int64_t count = sequence.length - 64 * static_cast<std::int64_t>(word);
+      const auto flag_of = [=](Token token) {
+        return flags[std::min(static_cast<std::uint32_t>(token), vocabulary_size)];
+      };
       std::uint8_t bytes[64];
-      if (count < 64) std::memset(bytes, SpanMasker::kWordStart, sizeof(bytes));
-      for (std::int64_t i = 0; i < count; ++i) {
-        const auto id = static_cast<std::uint32_t>(sequence.tokens[first + i]);
-        bytes[i] = flags[std::min(id, vocabulary_size)];
-        seen |= bytes[i];
+      if (count >= 64) {
+        for (int i = 0; i < 64; ++i) bytes[i] = flag_of(tokens[i]);
+      } else {
+        std::memset(bytes, SpanMasker::kWordStart, sizeof(bytes));
+        for (int i = 0; i < count; ++i) bytes[i] = flag_of(tokens[i]);
       }
       special_[word] = pack_flag(bytes, SpanMasker::kSpecial);
       starts_[word] =
           pack_flag(bytes, SpanMasker::kWordStart) | special_[word] << 1 | after_special;
       after_special = special_[word] >> 63;
+      unknown |= pack_flag(bytes, SpanMasker::kUnknown);
     }
-    if (seen & SpanMasker::kUnknown) refuse_token(sequence);
+    if (unknown != 0) refuse_token(sequence);
   }
 
   // Bit j = whether bytes[j] holds the flag.

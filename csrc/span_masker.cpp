@@ -96,6 +96,40 @@ MaskedTargets SpanMasker::mask(const PackedInput& input, std::uint32_t epoch, st
   return concatenate(targets);
 }
 
+void check_boundaries(std::span<const std::int32_t> cu, std::size_t num_tokens) {
+  if (cu.empty() || cu.front() != 0) {
+    throw std::invalid_argument("cu_seqlens must begin with 0, has " +
+                                (cu.empty() ? "no items" : std::to_string(cu.front())));
+  }
+  for (std::size_t index = 1; index < cu.size(); ++index) {
+    if (cu[index] < cu[index - 1]) {
+      throw std::invalid_argument("cu_seqlens[" + std::to_string(index) + "] is " +
+                                  std::to_string(cu[index]) + ", must be at least " +
+                                  std::to_string(cu[index - 1]));
+    }
+  }
+  if (static_cast<std::size_t>(cu.back()) != num_tokens) {
+    throw std::invalid_argument("cu_seqlens ends with " + std::to_string(cu.back()) +
+                                ", must end with " + std::to_string(num_tokens) +
+                                " (items of input_ids)");
+  }
+}
+
+void check_spans(std::span<const TaggedSpan> spans, std::size_t num_tokens) {
+  for (std::size_t index = 0; index < spans.size(); ++index) {
+    const TaggedSpan& span = spans[index];
+    const bool is_within = span.begin >= 0 && span.begin < span.end &&
+                           static_cast<std::size_t>(span.end) <= num_tokens;
+    const bool is_sorted = index == 0 || spans[index - 1].begin <= span.begin;
+    if (is_within && is_sorted) continue;
+    throw std::invalid_argument(
+        "spans[" + std::to_string(index) + "] is [" + std::to_string(span.begin) + ", " +
+        std::to_string(span.end) + "), must " +
+        (is_within ? "not begin before the span ahead of it"
+                   : "hold a token and lie in [0, " + std::to_string(num_tokens) + ")"));
+  }
+}
+
 std::vector<std::size_t> split_evenly(std::span<const std::int32_t> cu, std::size_t num_parts) {
   const std::size_t num_sequences = cu.size() - 1;
   num_parts = std::clamp<std::size_t>(num_sequences, 1, num_parts);

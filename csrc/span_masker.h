@@ -113,6 +113,11 @@ struct PackedInput {
   std::span<const TaggedSpan> tagged;  // sorted by begin
 };
 
+// Throw std::invalid_argument unless cu rises from 0 to num_tokens, and spans lie within and are
+// sorted.
+void check_boundaries(std::span<const std::int32_t> cu, std::size_t num_tokens);
+void check_spans(std::span<const TaggedSpan> spans, std::size_t num_tokens);
+
 // Bounds of num_parts runs of sequences (fewer if there are fewer sequences) with about equally
 // many tokens.
 std::vector<std::size_t> split_evenly(std::span<const std::int32_t> cu, std::size_t num_parts);

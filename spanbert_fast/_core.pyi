@@ -1,4 +1,4 @@
-"""C++ core of spanbert_fast: random bits, span masking, assembly of batches. Arrays must be C-contiguous."""
+"""C++ core of spanbert_fast: random bits, span masking, batches. Arrays must be C-contiguous."""
 
 from typing import TypeAlias
 

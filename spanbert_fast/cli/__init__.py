@@ -25,9 +25,10 @@ _USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 def _run_prepare(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
+    from spanbert_fast.cli.progress import PrepareView
     from spanbert_fast.data.prepare import prepare
 
-    with render.PrepareView() as view:
+    with PrepareView() as view:
         summary = prepare(options, on_event=view)
     render.prepared(summary, as_json)
     return 0
@@ -107,7 +108,7 @@ def _hide_progress_bars() -> None:
     """Loading takes moments; bars of it would stand between the lines that matter."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _run_doctor(_options: Any, as_json: bool) -> int:
@@ -139,7 +140,7 @@ def _run_show(options: Any, as_json: bool) -> int:
 
 COMMANDS = {
     "prepare": Command(
-        "turn text into token shards", "spanbert_fast.data.prepare:PrepareOptions", _run_prepare
+        "turn text into token shards", "spanbert_fast.data.options:PrepareOptions", _run_prepare
     ),
     "pretrain": Command(
         "pre-train a model on token shards",
@@ -204,7 +205,9 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     try:
         options, as_json = parse(command, name, arguments)
-        return command.run(options, as_json)
+        status = command.run(options, as_json)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED

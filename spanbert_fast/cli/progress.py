@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import sys
+import time
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from spanbert_fast.cli.render import evaluation, facts, new_console, table
-from spanbert_fast.train.events import (
-    CheckpointRefused,
-    CheckpointSaved,
-    Evaluated,
-    Event,
-    ExamplesReady,
-    Notice,
-    Progress,
-    RunFinished,
-    RunStarted,
-    SpanExample,
-)
+from spanbert_fast.cli.render import facts, figure, new_console, quality, table
+from spanbert_fast.data import options as preparing
+from spanbert_fast.train import events as training
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
-class PretrainView:
-    """Shows the events of a pre-training run: a context manager, called with each event."""
+class _View:
+    """A bar at the bottom of the terminal and lines above it; in a pipe, lines alone."""
 
     def __init__(self) -> None:
         self.console = new_console()
-        self.bar = Bar(
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[figures]}"),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -53,34 +44,67 @@ class PretrainView:
     ) -> None:
         self.bar.stop()
 
-    def __call__(self, event: Event) -> None:
+    def line(self, text: str) -> None:
+        """One lasting line."""
+        self.console.print(Text(text), soft_wrap=True)
+        sys.stdout.flush()
+
+
+class PrepareView(_View):
+    """Shows the events of `prepare`: a context manager, called with each event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = ""
+        self.last_line = 0.0
+
+    def __call__(self, event: preparing.Event) -> None:
+        """Show one event."""
+        if isinstance(event, preparing.Note):
+            self.line(f"note: {event.text}")
+            return
+        if event.stage == "write":
+            figures = f"{event.done:,} of {event.total:,} blocks"
+        else:
+            figures = f"{event.done / 1e6:,.1f} of {event.total / 1e6:,.1f} MB"
+        if event.stage != self.stage or self.task is None:
+            self.stage = event.stage
+            self.task = self.bar.add_task(event.stage, total=event.total, figures=figures)
+        self.bar.update(self.task, completed=event.done, figures=figures)
+        is_due = time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (is_due or event.done == event.total):
+            self.last_line = time.monotonic()
+            self.line(f"{event.stage}: {figures}")
+
+
+class PretrainView(_View):
+    """Shows the events of a pre-training run: a context manager, called with each event."""
+
+    def __call__(self, event: training.Event) -> None:
         """Show one event."""
         match event:
-            case RunStarted():
+            case training.RunStarted():
                 self._started(event)
-            case Progress():
+            case training.Progress():
                 self._progress(event)
-            case Evaluated(step=step, result=result):
-                self._line(
-                    f"step {step}: held-out MLM loss {_figure(result.mlm_loss)}, accuracy "
-                    f"{_figure(result.mlm_accuracy)}; SBO loss {_figure(result.sbo_loss)}, "
-                    f"accuracy {_figure(result.sbo_accuracy)}"
+            case training.Evaluated(step=step, result=result):
+                self.line(
+                    f"step {step}: held-out MLM loss {figure(result.mlm_loss)}, accuracy "
+                    f"{figure(result.mlm_accuracy)}; SBO loss {figure(result.sbo_loss)}, "
+                    f"accuracy {figure(result.sbo_accuracy)}"
                 )
-            case CheckpointSaved(step=step, path=path, seconds=seconds):
-                self._line(f"step {step}: checkpoint {path} ({seconds:.1f} s)")
-            case CheckpointRefused(path=path, reason=reason):
-                self._line(f"checkpoint refused: {path}: {reason}")
-            case Notice(text=text):
-                self._line(f"note: {text}")
-            case ExamplesReady(examples=examples):
+            case training.CheckpointSaved(step=step, path=path, seconds=seconds):
+                self.line(f"step {step}: checkpoint {path} ({seconds:.1f} s)")
+            case training.CheckpointRefused(path=path, reason=reason):
+                self.line(f"checkpoint refused: {path}: {reason}")
+            case training.Notice(text=text):
+                self.line(f"note: {text}")
+            case training.ExamplesReady(examples=examples):
                 self._examples(examples)
-            case RunFinished():
+            case training.RunFinished():
                 self._finished(event)
 
-    def _line(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
-
-    def _started(self, event: RunStarted) -> None:
+    def _started(self, event: training.RunStarted) -> None:
         facts(
             self.console,
             [
@@ -95,23 +119,30 @@ class PretrainView:
             title="pre-training",
         )
         self.task = self.bar.add_task(
-            "step", total=event.num_steps, completed=event.start_step, figures=""
+            "", total=event.num_steps, completed=event.start_step, figures=""
         )
 
-    def _progress(self, event: Progress) -> None:
+    def _progress(self, event: training.Progress) -> None:
         left = timedelta(seconds=round(event.seconds_left))
-        figures = (
-            f"loss {event.loss:.3f}  mlm {event.mlm_loss:.3f}  sbo {event.sbo_loss:.3f}  "
-            f"{event.tokens_per_second:,.0f} tokens/s  mfu {event.flop_utilisation:.0%}  "
-            f"left {left}"
+        place = (
+            f"step {event.step}/{event.num_steps}",
+            f"left {left}",
+            f"{event.tokens_per_second:,.0f} tokens/s",
+            f"mfu {event.flop_utilisation:.0%}",
+        )
+        losses = (
+            f"loss {event.loss:.3f}",
+            f"mlm {event.mlm_loss:.3f}",
+            f"sbo {event.sbo_loss:.3f}",
+            f"lr {event.learning_rate:.1e}",
         )
         if self.task is not None:
+            figures = "\n".join(("  ".join(place), "  ".join(losses)))
             self.bar.update(self.task, completed=event.step, figures=figures)
         if not self.console.is_terminal:
-            self._line(f"step {event.step}/{event.num_steps}  {figures}")
-            sys.stdout.flush()
+            self.line("  ".join((place[0], *losses, *place[1:])))
 
-    def _examples(self, examples: tuple[SpanExample, ...]) -> None:
+    def _examples(self, examples: tuple[training.SpanExample, ...]) -> None:
         rows = [
             (f"{e.left[-30:]} ___ {e.right[:30]}", e.truth, e.mlm or "-", e.sbo or "-")
             for e in examples
@@ -119,11 +150,11 @@ class PretrainView:
         columns = ("masked span", "truth", "MLM head", "SBO head")
         table(self.console, columns, rows, title="held-out spans")
 
-    def _finished(self, event: RunFinished) -> None:
+    def _finished(self, event: training.RunFinished) -> None:
         self.bar.stop()
         summary = event.summary
         if summary.evaluation is not None:
-            evaluation(summary.evaluation, as_json=False)
+            quality(summary.evaluation)
         facts(
             self.console,
             [
@@ -135,7 +166,3 @@ class PretrainView:
             ],
             title="finished",
         )
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -15,12 +15,14 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from spanbert_fast.convert.folder import Conversion
+    from spanbert_fast.data.options import PrepareSummary
     from spanbert_fast.diagnose.folders import ShowReport, VerifyReport
     from spanbert_fast.diagnose.machine import DoctorReport
     from spanbert_fast.tasks.fill import FilledSpan
     from spanbert_fast.train.events import EvaluationResult
 
 _PIPE_WIDTH = 160
+_TALLY = ("documents", "sentences", "tokens", "blocks", "cut_sentences")
 
 
 def new_console() -> Console:
@@ -62,6 +64,8 @@ def table(
         sys.stdout.write(f"{title}\n" if title else "")
         for line in (columns, *lines):
             cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+            for index in range(len(columns) - numbers, len(columns)):
+                cells[index] = line[index].rjust(widths[index])
             sys.stdout.write("  ".join(cells).rstrip() + "\n")
         return
     if title:
@@ -77,7 +81,10 @@ def table(
 
 def facts(console: Console, values: Iterable[tuple[str, object]], *, title: str = "") -> None:
     """Print names and values, one per line."""
-    lines = [(name, str(value)) for name, value in values]
+    lines = [
+        (name, json.dumps(to_json(value)) if isinstance(value, list | dict) else str(value))
+        for name, value in values
+    ]
     width = max((len(name) for name, _ in lines), default=0)
     if title:
         console.print(Text(title, style="bold"))
@@ -116,37 +123,68 @@ def filled(texts: Sequence[str], found: Sequence[Sequence[FilledSpan]], as_json:
         )
 
 
-def _figure(value: float | None, digits: int = 4) -> str:
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number for a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def evaluation(result: EvaluationResult, as_json: bool) -> None:
-    """Losses and accuracies beside what needs no model."""
+    """All that an evaluation found."""
     if as_json:
         print_json(result)
         return
-    console, base = new_console(), result.baselines
-    rows = [
-        ("MLM", result.mlm_targets, _figure(result.mlm_loss), _figure(result.mlm_accuracy)),
-        ("SBO", result.sbo_targets, _figure(result.sbo_loss), _figure(result.sbo_accuracy)),
-        ("unigram law", result.mlm_targets, _figure(base.unigram_cross_entropy), ""),
-        (
-            f"always {base.majority_token!r}",
-            result.mlm_targets,
-            "",
-            _figure(base.majority_accuracy),
-        ),
-    ]
-    title = f"{result.blocks:,} blocks, {result.tokens:,} tokens; loss in nats"
-    table(console, ("", "targets", "loss", "accuracy"), rows, title=title, numbers=3)
+    quality(result)
+    console = new_console()
     for name, buckets in (
         ("offset in span", result.sbo_by_offset),
         ("span length", result.sbo_by_span_length),
     ):
-        rows = [(str(b.value), b.targets, _figure(b.loss), _figure(b.accuracy)) for b in buckets]
+        rows = [(str(b.value), b.targets, figure(b.loss), figure(b.accuracy)) for b in buckets]
         if rows:
             title = f"SBO by {name}"
             table(console, (name, "targets", "loss", "accuracy"), rows, title=title, numbers=3)
+
+
+def quality(result: EvaluationResult) -> None:
+    """Losses and accuracies beside what needs no model."""
+    console, base = new_console(), result.baselines
+    rows = [
+        ("MLM", result.mlm_targets, figure(result.mlm_loss), figure(result.mlm_accuracy)),
+        ("SBO", result.sbo_targets, figure(result.sbo_loss), figure(result.sbo_accuracy)),
+        ("unigram law", result.mlm_targets, figure(base.unigram_cross_entropy), ""),
+        (
+            f"always {base.majority_token!r}",
+            result.mlm_targets,
+            "",
+            figure(base.majority_accuracy),
+        ),
+    ]
+    title = f"{result.blocks:,} blocks, {result.tokens:,} tokens; loss in nats"
+    table(console, ("", "targets", "loss", "accuracy"), rows, title=title, numbers=3)
+
+
+def prepared(summary: PrepareSummary, as_json: bool) -> None:
+    """The closing line of `prepare`, and where the shards are."""
+    if as_json:
+        print_json(summary)
+        return
+    console = new_console()
+    console.print(Text(summary.closing_line()), soft_wrap=True)
+    rows = [
+        (name, *(f"{getattr(tally, column):,}" for column in _TALLY))
+        for name, tally in vars(summary.counts).items()
+    ]
+    table(console, ("", *_TALLY), rows, numbers=len(_TALLY))
+    facts(
+        console,
+        [
+            ("shards", summary.output),
+            ("tokenized by", summary.engine),
+            ("input", f"{summary.input_bytes / 1e6:,.1f} MB"),
+            ("time", f"{summary.seconds:.1f} s"),
+            ("parts done earlier", summary.resumed_parts),
+        ],
+    )
 
 
 def converted(done: Conversion, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def read_pickled_tensors(
             )
         except subprocess.TimeoutExpired:
             raise ValueError(f"{path}: not read within {timeout_seconds:g} s, given up") from None
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if done.returncode == _REFUSED:
-            raise ValueError(f"{path}: {done.stderr.strip()}")
+            raise ValueError(f"{path}: {last}")
         if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{path}: the reading process ended with {done.returncode}: {last}")
         try:
             return load_file(target), json.loads(done.stdout)
@@ -64,10 +65,13 @@ def _load(path: str) -> Mapping[object, object]:
     """The state dict in the file."""
     try:
         # fairseq keeps its command line beside the weights; a Namespace holds values, no more.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: it loads, or it does not
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        # Between torch's advice to trust the file and its pointer to the manual.
+        paragraphs = str(error).split("\n\n")
+        reason = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
         raise ValueError(
             f"refused, because it holds more than tensors or is damaged ({reason})"
         ) from error

@@ -94,6 +94,8 @@ class Manifest:
     """Ids of `pad`, `unk`, `cls`, `sep` and `mask`."""
     settings: dict[str, Any]
     """Options and versions on which the bytes depend."""
+    inputs: dict[str, int]
+    """Numbers of `files`, `bytes`, `empty_files`, `skipped_files`, `invalid_utf8_documents`."""
     counts: Counts
     train: tuple[ShardFile, ...]
     validation: tuple[ShardFile, ...]

@@ -1,7 +1,7 @@
-"""Span masking of packed batches: which tokens a model has to predict, and what stands in their place.
+"""Span masking of packed batches: which tokens to predict, and what stands in their place.
 
-The rule is that of SpanBERT (Joshi et al. 2020, section 3.1); the work is done in C++. `csrc/span_masker.h` describes the
-random stream word by word.
+The rule is that of SpanBERT (Joshi et al. 2020, section 3.1); the work is done in C++.
+`csrc/span_masker.h` describes the random stream word by word.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spanbert_fast import _core
-
-SCHEMES: Final = ("spanbert", "whole_word", "token", "tagged")
-REPLACEMENTS: Final = ("span", "token")
-MAX_SPAN_WORDS: Final = 1024
+from spanbert_fast.data.masker_settings import MaskerSettings, check_array, check_integer
 
 _NO_SPANS: Final = np.empty((0, 2), np.int32)
 
@@ -44,7 +41,7 @@ class MaskedBatch(NamedTuple):
 
 
 class AssembledBatch(NamedTuple):
-    """Rows of a token store between [CLS] and [SEP], masked. Names, shapes and types are those of `PackedBatch`."""
+    """Masked rows of a token store. The names, shapes and types are those of `PackedBatch`."""
 
     input_ids: Int64s
     position_ids: Int64s
@@ -60,20 +57,22 @@ class AssembledBatch(NamedTuple):
 class SpanMasker:
     """Masks packed batches; the masks depend on seed, epoch and example id alone.
 
-    A sequence is cut at its special tokens into blocks. Of the L tokens of a block, ceil(`mask_ratio` * L) are masked;
-    special tokens never are. Schemes:
+    A sequence is cut at its special tokens into blocks. Of the L tokens of a block,
+    ceil(`mask_ratio` * L) are masked; special tokens never are. Schemes:
 
     - `spanbert`: spans of whole words. Their number of words follows a geometric law on
-      `min_span_words..max_span_words`, renormalised; they begin at the word of an anchor drawn uniformly over tokens. Only
-      the span that meets the budget may end inside a word. Spans that touch count as one.
+      `min_span_words..max_span_words`, renormalised; they begin at the word of an anchor drawn
+      uniformly over tokens. Only the span that meets the budget may end inside a word. Spans that
+      touch count as one.
     - `whole_word`: the same with one word per span, whatever the lengths say.
     - `token`: single tokens, each replaced on its own, without span boundary targets (BERT).
-    - `tagged`: each draw takes, with `tag_probability`, one of the spans given to the call (entities, noun phrases),
-      otherwise a span as `spanbert` does. The paper's ablation has `max_span_words=1`. With probability 1 only the given
-      spans are masked, and the budget may remain unmet.
+    - `tagged`: each draw takes, with `tag_probability`, one of the spans given to the call
+      (entities, noun phrases), otherwise a span as `spanbert` does. The paper's ablation has
+      `max_span_words=1`. With probability 1 only the given spans are masked, and the budget may
+      remain unmet.
 
-    Of the spans (`replacement="span"`) or tokens (`"token"`, the original BERT's way), 80% become [MASK], 10% random draws
-    from `replacement_ids`, and 10% stay.
+    Of the spans (`replacement="span"`) or tokens (`"token"`, the original BERT's way), 80% become
+    [MASK], 10% random draws from `replacement_ids`, and 10% stay.
 
     An instance is immutable and can be pickled; threads may share it.
     """
@@ -99,11 +98,13 @@ class SpanMasker:
         """Builds the tables of a masker.
 
         Args:
-            word_starts: bool [V], whether a vocabulary entry begins a word. A block's first token always does.
+            word_starts: bool [V], whether a vocabulary entry begins a word. A block's first token
+                always does.
             mask_token_id: id of [MASK].
             special_token_ids: ids that are never masked and that separate blocks.
-            replacement_ids: int32 [any], a sample of corpus tokens; random replacements are drawn from it, so they follow
-                the corpus' unigram law. Holds neither special ids nor [MASK].
+            replacement_ids: int32 [any], a sample of corpus tokens; random replacements are drawn
+                from it, so they follow the corpus' unigram law. Holds neither special ids nor
+                [MASK].
             mask_ratio: share of a block's tokens to mask, in (0, 1).
             geometric_p: parameter of the law of span lengths, in (0, 1).
             min_span_words: shortest span drawn, in words.
@@ -119,63 +120,44 @@ class SpanMasker:
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range.
         """
-        _check_array("word_starts", word_starts, np.bool_)
-        _check_array("replacement_ids", replacement_ids, np.int32)
-        vocabulary_size = len(word_starts)
-        _check_integer("mask_token_id", mask_token_id, 0, vocabulary_size - 1)
-        for index, token_id in enumerate(special_token_ids):
-            _check_integer(f"special_token_ids[{index}]", token_id, 0, vocabulary_size - 1)
+        check_array("word_starts", word_starts, np.bool_)
+        check_array("replacement_ids", replacement_ids, np.int32)
         if len(replacement_ids) == 0:
             raise ValueError("replacement_ids is empty, must hold at least one id")
-        _check_open_unit("mask_ratio", mask_ratio)
-        _check_open_unit("geometric_p", geometric_p)
-        _check_integer("max_span_words", max_span_words, 1, MAX_SPAN_WORDS)
-        _check_integer("min_span_words", min_span_words, 1, max_span_words)
-        _check_integer("max_span_targets", max_span_targets, 1, 2**31 - 1)
-        _check_choice("scheme", scheme, SCHEMES)
-        _check_choice("replacement", replacement, REPLACEMENTS)
-        _check_real("tag_probability", tag_probability)
-        if not 0 <= tag_probability <= 1:
-            raise ValueError(f"tag_probability is {tag_probability}, must be in [0, 1]")
-        _check_integer("seed", seed, 0, 2**64 - 1)
-        _check_integer("num_threads", num_threads, 1, 2**31 - 1)
-        self._settings: dict[str, Any] = {
-            "mask_token_id": int(mask_token_id),
-            "special_token_ids": tuple(int(token_id) for token_id in special_token_ids),
-            "mask_ratio": float(mask_ratio),
-            "geometric_p": float(geometric_p),
-            "min_span_words": int(min_span_words),
-            "max_span_words": int(max_span_words),
-            "max_span_targets": int(max_span_targets),
-            "scheme": scheme,
-            "replacement": replacement,
-            "tag_probability": float(tag_probability),
-            "seed": int(seed),
-            "num_threads": int(num_threads),
-        }
+        self._settings = MaskerSettings(
+            vocabulary_size=len(word_starts),
+            mask_token_id=mask_token_id,
+            special_token_ids=tuple(special_token_ids),
+            mask_ratio=mask_ratio,
+            geometric_p=geometric_p,
+            min_span_words=min_span_words,
+            max_span_words=max_span_words,
+            max_span_targets=max_span_targets,
+            scheme=scheme,
+            replacement=replacement,
+            tag_probability=tag_probability,
+            seed=seed,
+            num_threads=num_threads,
+        )
         self._word_starts = word_starts.copy()
         self._replacement_ids = replacement_ids.copy()
         self._core = self._build()
 
     def _build(self) -> _core.SpanMasker:
         settings = self._settings
-        if settings["scheme"] in ("spanbert", "tagged"):
-            shortest, longest = settings["min_span_words"], settings["max_span_words"]
-        else:
-            shortest = longest = 1
         return _core.SpanMasker(
             self._word_starts,
-            np.array(settings["special_token_ids"], np.int32),
+            np.array(settings.special_token_ids, np.int32),
             self._replacement_ids,
-            mask_token_id=settings["mask_token_id"],
-            mask_ratio=settings["mask_ratio"],
-            min_span_words=shortest,
-            length_thresholds=_length_thresholds(settings["geometric_p"], longest - shortest + 1),
-            max_span_targets=settings["max_span_targets"],
-            scheme={"token": "tokens", "tagged": "tagged"}.get(settings["scheme"], "words"),
-            replace_by_token=settings["replacement"] == "token",
-            tag_threshold=round(settings["tag_probability"] * 2**32),
-            seed=settings["seed"],
+            mask_token_id=settings.mask_token_id,
+            mask_ratio=settings.mask_ratio,
+            min_span_words=settings.shortest_span,
+            length_thresholds=settings.length_thresholds(),
+            max_span_targets=settings.max_span_targets,
+            scheme={"token": "tokens", "tagged": "tagged"}.get(settings.scheme, "words"),
+            replace_by_token=settings.replacement == "token",
+            tag_threshold=round(settings.tag_probability * 2**32),
+            seed=settings.seed,
         )
 
     def __call__(
@@ -194,26 +176,27 @@ class SpanMasker:
             cu_seqlens: int32 [B + 1]: sequence b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`.
             example_ids: int64 [B], names of the sequences in the random stream.
             epoch: in [0, 2**32); another epoch brings other masks.
-            spans: int32 [P, 2], only and always for the scheme `tagged`: half-open packed positions, sorted by their
-                beginning, each in one sequence and without special tokens.
+            spans: int32 [P, 2], only and always for the scheme `tagged`: half-open packed
+                positions, sorted by their beginning, each in one sequence and without special
+                tokens.
 
         Raises:
             TypeError: an argument has a wrong type, or an array is not C-contiguous.
             ValueError: an argument is out of range.
         """
-        _check_array("input_ids", input_ids, np.int32)
-        _check_array("cu_seqlens", cu_seqlens, np.int32)
-        _check_array("example_ids", example_ids, np.int64)
-        _check_integer("epoch", epoch, 0, 2**32 - 1)
-        is_tagged = self._settings["scheme"] == "tagged"
+        check_array("input_ids", input_ids, np.int32)
+        check_array("cu_seqlens", cu_seqlens, np.int32)
+        check_array("example_ids", example_ids, np.int64)
+        check_integer("epoch", epoch, 0, 2**32 - 1)
+        is_tagged = self._settings.scheme == "tagged"
         if (spans is not None) != is_tagged:
             raise ValueError(
                 "spans is None, the scheme 'tagged' needs them"
                 if is_tagged
-                else f"spans are given, the scheme {self._settings['scheme']!r} takes none"
+                else f"spans are given, the scheme {self._settings.scheme!r} takes none"
             )
         if spans is not None:
-            _check_array("spans", spans, np.int32, num_dimensions=2)
+            check_array("spans", spans, np.int32, num_dimensions=2)
         return MaskedBatch(
             *self._core.mask(
                 input_ids,
@@ -221,7 +204,7 @@ class SpanMasker:
                 example_ids,
                 _NO_SPANS if spans is None else spans,
                 epoch,
-                self._settings["num_threads"],
+                self._settings.num_threads,
             )
         )
 
@@ -253,13 +236,13 @@ class SpanMasker:
             TypeError: an argument has a wrong type, or an array is not C-contiguous.
             ValueError: an argument is out of range, or the scheme is `tagged`.
         """
-        _check_array("values", values, np.uint16, np.int32)
+        check_array("values", values, np.uint16, np.int32)
         for name, array in (("offsets", offsets), ("rows", rows), ("example_ids", example_ids)):
-            _check_array(name, array, np.int64)
-        _check_integer("epoch", epoch, 0, 2**32 - 1)
+            check_array(name, array, np.int64)
+        check_integer("epoch", epoch, 0, 2**32 - 1)
         for name, token_id in (("cls_token_id", cls_token_id), ("sep_token_id", sep_token_id)):
-            _check_integer(name, token_id, 0, len(self._word_starts) - 1)
-        if self._settings["scheme"] == "tagged":
+            check_integer(name, token_id, 0, len(self._word_starts) - 1)
+        if self._settings.scheme == "tagged":
             raise ValueError("scheme is 'tagged', a token store has no spans for it")
         return AssembledBatch(
             *_core.assemble(
@@ -271,7 +254,7 @@ class SpanMasker:
                 epoch,
                 cls_token_id,
                 sep_token_id,
-                self._settings["num_threads"],
+                self._settings.num_threads,
             )
         )
 
@@ -283,57 +266,4 @@ class SpanMasker:
         self._core = self._build()
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
-        return (
-            f"SpanMasker(word_starts=<{len(self._word_starts)} entries>, "
-            f"replacement_ids=<{len(self._replacement_ids)} ids>, {settings})"
-        )
-
-
-def _length_thresholds(geometric_p: float, num_lengths: int) -> npt.NDArray[np.uint64]:
-    """uint64 [num_lengths - 1]: round(2**32 * P(one of the i + 1 shortest lengths)).
-
-    Python's floats round the same everywhere; a C++ compiler may fuse products and sums.
-    """
-    cumulative = []
-    weight, total = 1.0, 0.0
-    for _ in range(num_lengths):
-        total += weight
-        cumulative.append(total)
-        weight *= 1 - geometric_p
-    return np.array([round(value / total * 2**32) for value in cumulative[:-1]], np.uint64)
-
-
-def _check_array(name: str, value: object, *dtypes: type, num_dimensions: int = 1) -> None:
-    allowed = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} is a {type(value).__name__}, must be a numpy array of {allowed}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {value.dtype}, must be {allowed}")
-    if value.ndim != num_dimensions:
-        raise ValueError(f"{name} has shape {value.shape}, must have {num_dimensions} dimension(s)")
-    if not value.flags.c_contiguous:
-        raise TypeError(f"{name} has strides {value.strides}, must be C-contiguous")
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}, must be an integer")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, must be in [{low}, {high}]")
-
-
-def _check_real(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} is {value!r}, must be a number")
-
-
-def _check_open_unit(name: str, value: float) -> None:
-    _check_real(name, value)
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}, must be above 0 and below 1")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
+        return f"SpanMasker({self._settings}, {len(self._replacement_ids)} replacement_ids)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 from typing import Final
@@ -16,6 +17,7 @@ Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 WINDOW: Final = 4096
+_CACHED_WINDOWS: Final = 64
 _ROUNDS: Final = 8
 _ROWS_STREAM: Final = 0
 _BATCHES_STREAM: Final = 1
@@ -106,6 +108,8 @@ class EpochPlan:
         key = int.from_bytes(digest, "little")
         self._lengths = lengths
         self._rows = KeyedPermutation(len(lengths), key=key, epoch=epoch, stream=_ROWS_STREAM)
+        # Batches are permuted, so a window is asked for once per batch that it holds.
+        self._window = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._make_window)
         self._cuts = self._find_cuts(global_batch_tokens)
         self._batches = KeyedPermutation(
             len(self._cuts) - 1, key=key, epoch=epoch, stream=_BATCHES_STREAM
@@ -126,7 +130,7 @@ class EpochPlan:
         rows = np.concatenate([self._window(number) for number in range(first, last + 1)])
         return rows[start - first * WINDOW : end - first * WINDOW]
 
-    def _window(self, number: int) -> Int64s:
+    def _make_window(self, number: int) -> Int64s:
         end = min((number + 1) * WINDOW, len(self._lengths))
         rows = self._rows(np.arange(number * WINDOW, end, dtype=np.int64))
         rows = rows[np.argsort(self._lengths[rows], kind="stable")]

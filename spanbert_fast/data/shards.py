@@ -119,7 +119,8 @@ class TokenShards:
             offsets[index + 1] = offsets[index] + len(pieces[-1])
         if not pieces:
             pieces.append(np.empty(0, np.dtype(self.manifest.dtype)))
-        return Rows(np.concatenate(pieces), offsets)
+        values: Any = np.concatenate(pieces)
+        return Rows(values, offsets)
 
     def unigram_counts(self) -> Int64s:
         """int64 [V], how often each id stands in the training split."""

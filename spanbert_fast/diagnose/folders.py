@@ -237,7 +237,7 @@ def _describe_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
     }
     # Whatever the training room wrote in tables; generator states are of no use to a reader.
     for name, value in state.items():
-        if isinstance(value, dict) and "random" not in name and "rng" not in name:
+        if isinstance(value, dict) and name != "random":
             sections[name] = value
     return sections
 
@@ -245,22 +245,26 @@ def _describe_checkpoint(path: Path) -> dict[str, dict[str, Any]]:
 def _describe_run(path: Path) -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = {}
     if (path / "run.json").is_file():
-        values = _read_json(path / "run.json")
-        sections["run"] = {k: v for k, v in values.items() if not isinstance(v, dict)}
-        sections |= {k: v for k, v in values.items() if isinstance(v, dict)}
+        for name, value in _read_json(path / "run.json").items():
+            values = value if isinstance(value, dict) else {name: value}
+            sections[name] = _configuration(values) if name == "model" else values
     metrics = path / "metrics.jsonl"
     if metrics.is_file() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
-        sections["last metrics"] = json.loads(lines[-1])
+        last = json.loads(lines[-1])
+        sections["last metrics"] = {k: v for k, v in last.items() if not isinstance(v, list)}
     checkpoints = list_checkpoints(path / "checkpoints")
     sections["checkpoints"] = {c.name: f"{_size(c):,} bytes" for c in checkpoints}
     return {name: section for name, section in sections.items() if section}
 
 
+def _configuration(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model's configuration that say what model it is."""
+    return {name: values[name] for name in _CONFIG_FIELDS if name in values}
+
+
 def _describe_model(path: Path) -> dict[str, dict[str, Any]]:
     config = _read_json(path / "config.json")
-    sections: dict[str, dict[str, Any]] = {
-        "configuration": {name: config[name] for name in _CONFIG_FIELDS if name in config}
-    }
+    sections: dict[str, dict[str, Any]] = {"configuration": _configuration(config)}
     weights: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

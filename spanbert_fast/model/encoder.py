@@ -135,7 +135,9 @@ class SelfAttention(nn.Module):
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         owners = (self.query, self.key, self.value)
-        if all(is_plain(owner, nn.Linear) for owner in owners):
+        # Joining the weights costs a copy of them, which only many rows pay back.
+        pays = hidden.shape[0] >= hidden.shape[1]
+        if pays and all(is_plain(owner, nn.Linear) for owner in owners):
             weight = torch.cat([owner.weight for owner in owners])
             bias = torch.cat([owner.bias for owner in owners])
             return functional.linear(hidden, weight, bias).chunk(3, dim=-1)

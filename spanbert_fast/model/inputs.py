@@ -73,6 +73,7 @@ def pack_inputs(
     labels: Tensor | None = None,
     sbo_spans: Tensor | None = None,
     sbo_targets: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
 ) -> PackedInputs:
     """The packed form of a padded batch, or of a row that is packed already.
 
@@ -91,6 +92,7 @@ def pack_inputs(
         sbo_spans: int64 [B, R, 2]; the columns left and right of each span, -1 = padding.
         sbo_targets: int64 [B, R, up to K]; original ids of the span, -100 = padding. Without them
             each span asks for as many predictions as it has tokens.
+        sequence_ids: int64 [sequences]; the index by default.
 
     Raises:
         ValueError: A shape or a value does not fit; named with what is allowed.
@@ -121,14 +123,36 @@ def pack_inputs(
             f"a sequence may have {config.max_position_embeddings} tokens "
             f"(max_position_embeddings), got {rows.max_seqlen}"
         )
+    names = _sequence_names(sequence_ids, rows)
     return _assemble(
-        config, rows, input_ids, token_type_ids, inputs_embeds, labels, sbo_spans, sbo_targets
+        config,
+        rows,
+        names,
+        input_ids,
+        token_type_ids,
+        inputs_embeds,
+        labels,
+        sbo_spans,
+        sbo_targets,
     )
+
+
+def _sequence_names(sequence_ids: Tensor | None, rows: _Rows) -> Tensor:
+    num_sequences = rows.cu_seqlens.shape[0] - 1
+    if sequence_ids is None:
+        return torch.arange(num_sequences, device=rows.cu_seqlens.device)
+    if tuple(sequence_ids.shape) != (num_sequences,) or sequence_ids.dtype not in _INTEGERS:
+        raise ValueError(
+            f"sequence_ids must be integers of shape ({num_sequences},), got "
+            f"{sequence_ids.dtype} {tuple(sequence_ids.shape)}"
+        )
+    return sequence_ids.long()
 
 
 def _assemble(
     config: Config,
     rows: _Rows,
+    sequence_ids: Tensor,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
     inputs_embeds: Tensor | None,
@@ -158,7 +182,7 @@ def _assemble(
         token_type_ids=flat["token_type_ids"],
         cu_seqlens=rows.cu_seqlens,
         max_seqlen=rows.max_seqlen,
-        sequence_ids=torch.arange(rows.cu_seqlens.shape[0] - 1, device=device),
+        sequence_ids=sequence_ids,
         mlm_positions=positions,
         mlm_labels=targets,
         sbo_left=spans.left,

@@ -1,19 +1,20 @@
-"""What is said and refused while weights are loaded."""
+"""Loading of weights that says what a file lacked, and refuses what would be guesswork."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spanbert_fast.config import HEADS
 
 _HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
+_TIED_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
 _MAX_NAMES = 8
 
 
 class LoadingReport(NamedTuple):
-    """What a file of weights did not have, or had for nothing."""
+    """What follows from the names of the tensors in a file."""
 
     untrained_heads: list[str]
     """Heads, of "mlm" and "sbo", with at least one random tensor."""
@@ -21,24 +22,86 @@ class LoadingReport(NamedTuple):
     """One warning for all of it; empty if the file held exactly the model."""
 
 
-def refuse_unpickling(weights_only: object) -> None:
-    """Raises ValueError unless `weights_only` is True: other pickles can run any code."""
-    if weights_only is not True:
-        raise ValueError(
-            f"weights_only must be True, got {weights_only!r}: a pickle that holds more than "
-            "tensors can run any code"
-        )
+class ReportedLoading:
+    """The `from_pretrained` of a model with both heads; mixed into a `PreTrainedModel`."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model with the weights of a folder or hub repository: ours, BERT's or SpanBERT's.
 
-def warn_of_pickle(checkpoint_files: Collection[str] | None) -> None:
-    """Warns if weights come from pickles instead of safetensors."""
-    pickles = [name for name in checkpoint_files or () if not name.endswith(".safetensors")]
-    if pickles:
-        warnings.warn(
-            f"{pickles[0]} is a pickle, read with weights_only=True. `spanbert-fast convert` "
-            "writes the same weights as safetensors; use_safetensors=True refuses pickles.",
-            stacklevel=6,
+        Safetensors are preferred to `pytorch_model.bin`; weights keep their precision unless
+        `dtype` is given. Heads that the file lacks are listed in `config.untrained_heads` and in
+        one warning.
+
+        Args:
+            args: As in Hugging Face, first the folder or the name of the repository.
+            kwargs: As in Hugging Face; `use_safetensors=True` forbids `pytorch_model.bin`.
+
+        Returns:
+            The model in evaluation mode; with `output_loading_info=True` a pair of it and Hugging
+            Face's report.
+
+        Raises:
+            ValueError: Weights of the encoder are missing, or `weights_only=False`.
+        """
+        if kwargs.get("weights_only", True) is not True:
+            raise ValueError(
+                f"weights_only must be True, got {kwargs['weights_only']!r}: a pickle that holds "
+                "more than tensors can run any code"
+            )
+        wants_report = kwargs.pop("output_loading_info", False)
+        parent: Any = super()
+        model, report = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
+        report |= model.__dict__.pop("_names_not_loaded", {})
+        pickles = [name for name in model.__dict__.pop("_files", ()) if ".safetensors" not in name]
+        if pickles:
+            warnings.warn(
+                f"{pickles[0]} is a pickle, read with weights_only=True. `spanbert-fast convert` "
+                "writes the same weights as safetensors; use_safetensors=True refuses pickles.",
+                stacklevel=2,
+            )
+        found = describe_loading(
+            str(model.config.name_or_path),
+            report["missing_keys"],
+            {key for key, *_ in report["mismatched_keys"]},
+            report["unexpected_keys"],
         )
+        untrained = {*model.config.untrained_heads, *found.untrained_heads}
+        model.config.untrained_heads = sorted(untrained)
+        if found.message:
+            warnings.warn(found.message, stacklevel=2)
+        return (model, report) if wants_report else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        model._files = checkpoint_files or []
+        load = super(ReportedLoading, type(model))._load_pretrained_model  # type: ignore[misc]
+        return load(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def tie_weights(
+        self, missing_keys: set[str] | None = None, recompute_mapping: bool = True
+    ) -> None:
+        """Shares the tied tensors; see Hugging Face."""
+        parent: Any = super()
+        # A file without an MLM head lacks both, for which Hugging Face would call it corrupted.
+        # The first one holds its initial value by now, so it may count as present meanwhile.
+        lacks_both = missing_keys is not None and missing_keys.issuperset(_TIED_BIASES)
+        if missing_keys is not None and lacks_both:
+            missing_keys.discard(_TIED_BIASES[0])
+        parent.tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        if missing_keys is not None and lacks_both:
+            missing_keys.add(_TIED_BIASES[0])
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        parent: Any = super()
+        parent._adjust_missing_and_unexpected_keys(loading_info)
+        names = ("missing_keys", "unexpected_keys")
+        # Said once, by us; Hugging Face's report would say it again, without the consequence.
+        self._names_not_loaded = {name: getattr(loading_info, name) for name in names}
+        for name in names:
+            setattr(loading_info, name, set())
 
 
 def describe_loading(

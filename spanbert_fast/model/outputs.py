@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
@@ -31,6 +31,19 @@ class SpanBertOutput(ModelOutput):
     """Detached mean over the SBO targets of this batch."""
     sbo_logits: Tensor | None = None
     """[N, V] of the SBO head, one row per target, in the order of the batch."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """The output of this name, or at this place among those that were computed.
+
+        Raises:
+            KeyError: It was not computed.
+        """
+        if isinstance(key, str) and key not in self.keys():
+            raise KeyError(
+                f"{key} was not computed: losses need labels, and a head listed in "
+                "config.untrained_heads gives no logits without targets"
+            )
+        return super().__getitem__(key)  # type: ignore[no-untyped-call]
 
 
 class Request(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -20,11 +18,11 @@ from spanbert_fast.model.backbone import (
 )
 from spanbert_fast.model.heads import Heads, RowScores, combine_losses
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
-from spanbert_fast.model.loading import describe_loading, refuse_unpickling, warn_of_pickle
+from spanbert_fast.model.loading import ReportedLoading
 from spanbert_fast.model.outputs import Request, SpanBertOutput
 
 
-class Model(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
+class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
     """SpanBERT with both heads; a drop-in for `BertForMaskedLM`.
 
     `forward` takes Hugging Face's shapes, `forward_packed` a `PackedBatch`; both compute the same
@@ -43,52 +41,6 @@ class Model(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
         self.bert = Backbone(config)
         self.cls = Heads(config)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """A model with the weights of a folder or hub repository: ours, BERT's or SpanBERT's.
-
-        Safetensors are preferred to `pytorch_model.bin`; weights keep their precision unless
-        `dtype` is given. Heads that the file lacks are listed in `config.untrained_heads` and in
-        one warning.
-
-        Args:
-            args: As in Hugging Face, first the folder or the name of the repository.
-            kwargs: As in Hugging Face; `use_safetensors=True` forbids `pytorch_model.bin`.
-
-        Returns:
-            The model in evaluation mode; with `output_loading_info=True` a pair of it and Hugging
-            Face's report.
-
-        Raises:
-            ValueError: Weights of the encoder are missing, or `weights_only=False`.
-        """
-        refuse_unpickling(kwargs.get("weights_only", True))
-        return super().from_pretrained(*args, **kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *rest: Any, **kwargs: Any
-    ) -> Any:
-        warn_of_pickle(checkpoint_files)
-        return SpanBertPreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, *rest, **kwargs
-        )
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        found = describe_loading(
-            str(self.config.name_or_path),
-            loading_info.missing_keys,
-            {key for key, *_ in loading_info.mismatched_keys},
-            loading_info.unexpected_keys,
-        )
-        listed = [*self.config.untrained_heads, *found.untrained_heads]
-        self.config.untrained_heads = sorted(set(listed))
-        # Said here once; Hugging Face's report would say it again, without the consequence.
-        loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
-        if found.message:
-            warnings.warn(found.message, stacklevel=5)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The table of word vectors."""
@@ -196,10 +148,8 @@ class Model(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             labels=labels,
             sbo_spans=sbo_spans,
             sbo_targets=sbo_targets,
+            sequence_ids=sequence_ids,
         )
-        batch = inputs.batch
-        if sequence_ids is not None:
-            batch = dataclasses.replace(batch, sequence_ids=sequence_ids)
         request = Request(
             inputs_embeds=inputs.inputs_embeds,
             learns=labels is not None or sbo_targets is not None,
@@ -211,7 +161,7 @@ class Model(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        output = self._answer(batch, request, inputs)
+        output = self._answer(inputs.batch, request, inputs)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 

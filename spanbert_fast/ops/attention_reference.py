@@ -17,7 +17,7 @@ from torch import Tensor
 from spanbert_fast.ops.precision import wide_dtype
 from spanbert_fast.ops.random import plane_keep_mask
 
-# Scores of one block of planes; four such buffers live at a time, next to each other in the cache.
+# Scores of one block of planes. Three such buffers live at a time, and should stay in the cache.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -118,7 +118,7 @@ def backward(
                 if grad_lse is not None:
                     delta = delta - _planes(grad_lse, group)
                 names = _plane_names(group, ids, query.shape[1])
-                results = _backward_planes(above, q, k, v, log, delta, scale, bias, dropout, names)
+                results = _backward_planes(above, q, k, v, delta, scale, bias, dropout, names)
             for grad, result in zip(grads, results, strict=True):
                 _planes(grad, group).copy_(result)
     return grads[0], grads[1], grads[2]
@@ -160,13 +160,29 @@ def _window_bias(window: int | None, length: int, like: Tensor) -> Tensor | None
         return None
     places = torch.arange(length, device=like.device)
     far = (places[:, None] - places).abs() > window
-    return like.new_zeros((length, length)).masked_fill_(far, float("-inf"))
+    return like.new_zeros((length, length), dtype=wide_dtype(like.dtype)).masked_fill_(
+        far, float("-inf")
+    )
 
 
-def _blocks(num_planes: int, length: int, itemsize: int) -> Iterator[slice]:
+def _blocks(num_planes: int, num_heads: int, length: int, itemsize: int) -> list[slice]:
+    """Planes whose scores fit the budget: whole sequences, or else some heads of one."""
     step = max(1, _BLOCK_BYTES // (length * length * itemsize))
-    for start in range(0, num_planes, step):
-        yield slice(start, min(start + step, num_planes))
+    step = step // num_heads * num_heads if step >= num_heads else step
+    starts = range(0, num_planes, step)
+    return [slice(start, min(start + step, num_planes)) for start in starts]
+
+
+class _Buffers:
+    """Memory for the scores of one block, used again by the next: fresh pages cost more to get."""
+
+    def __init__(self, number: int, blocks: list[slice], length: int, like: Tensor) -> None:
+        shape = (number, blocks[0].stop, length, length)
+        self.memory = like.new_empty(shape, dtype=wide_dtype(like.dtype))
+
+    def part(self, block: slice) -> Iterator[Tensor]:
+        """Each buffer, cut to the planes of `block`."""
+        return iter(self.memory[:, : block.stop - block.start])
 
 
 def _keep(dropout: Dropout, names: list[int], length: int) -> Tensor:
@@ -176,11 +192,16 @@ def _keep(dropout: Dropout, names: list[int], length: int) -> Tensor:
     return keep.view(torch.uint8)
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Scaled scores of some planes, wide."""
-    wide = wide_dtype(query.dtype)
-    scores = torch.bmm(query.to(wide) * scale, key.to(wide).transpose(1, 2))
-    return scores if bias is None else scores.add_(bias)
+def _softmax(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None, scores: Tensor, out: Tensor
+) -> None:
+    """Writes the scaled scores of some planes and their softmax."""
+    wide = (query.to(out.dtype), key.to(out.dtype).transpose(1, 2))
+    if bias is None:
+        torch.baddbmm(scores, *wide, beta=0, alpha=scale, out=scores)
+    else:
+        torch.baddbmm(bias, *wide, alpha=scale, out=scores)
+    torch.softmax(scores, dim=-1, out=out)
 
 
 def _forward_planes(
@@ -193,18 +214,23 @@ def _forward_planes(
     names: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Output [n, H, L, K] and log-sum-exp [n, H, L] of planes [n, H, L, K]."""
-    shape, length = query.shape, query.shape[2]
+    shape, (num_heads, length) = query.shape, query.shape[1:3]
     query, key, value = (rows.flatten(0, 1) for rows in (query, key, value))
     output = torch.empty_like(query)
     lse = query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype))
-    for block in _blocks(len(query), length, lse.element_size()):
-        scores = _scores(query[block], key[block], scale, bias)
-        probabilities = torch.softmax(scores, dim=-1)
+    blocks = _blocks(len(query), num_heads, length, lse.element_size())
+    buffers = _Buffers(2, blocks, length, query)
+    for block in blocks:
+        scores, weights = buffers.part(block)
+        _softmax(query[block], key[block], scale, bias, scores, out=weights)
         # The largest score and its probability give the sum without a second exponential.
-        lse[block] = scores.amax(-1) - probabilities.amax(-1).log()
+        lse[block] = scores.amax(-1) - weights.amax(-1).log()
+        factor = 1.0
         if dropout is not None:
-            probabilities.mul_(_keep(dropout, names[block], length)).mul_(dropout.scale)
-        output[block] = torch.bmm(probabilities.to(value.dtype), value[block])
+            weights.mul_(_keep(dropout, names[block], length))
+            factor = dropout.scale
+        narrow, out = weights.to(value.dtype), output[block]
+        torch.baddbmm(out, narrow, value[block], beta=0, alpha=factor, out=out)
     return output.view(shape), lse.view(shape[:3])
 
 
@@ -213,7 +239,6 @@ def _backward_planes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lse: Tensor,
     delta: Tensor,
     scale: float,
     bias: Tensor | None,
@@ -221,22 +246,28 @@ def _backward_planes(
     names: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of planes [n, H, L, K]; `delta` [n, H, L] is sum(output * its gradient)."""
-    shape, length, dtype = query.shape, query.shape[2], query.dtype
+    shape, dtype, (num_heads, length) = query.shape, query.dtype, query.shape[1:3]
     inputs = (grad_output, query, key, value)
     grad_output, query, key, value = (rows.flatten(0, 1) for rows in inputs)
-    lse, delta = lse.flatten(0, 1)[..., None], delta.flatten(0, 1)[..., None]
+    delta = delta.flatten(0, 1)[..., None]
     grads = [torch.empty_like(query) for _ in range(3)]
-    for block in _blocks(len(query), length, lse.element_size()):
-        weights = _scores(query[block], key[block], scale, bias).sub_(lse[block]).exp_()
-        above = grad_output[block].to(lse.dtype)
-        grad_weights = torch.bmm(above, value[block].to(lse.dtype).transpose(1, 2))
+    blocks = _blocks(len(query), num_heads, length, delta.element_size())
+    buffers = _Buffers(3, blocks, length, query)
+    factor = dropout.scale if dropout else 1.0
+    for block in blocks:
+        scores, weights, slope = buffers.part(block)
+        grad_query, grad_key, grad_value = (grad[block] for grad in grads)
+        _softmax(query[block], key[block], scale, bias, scores, out=weights)
+        wide = (grad_output[block].to(slope.dtype), value[block].to(slope.dtype).transpose(1, 2))
+        torch.baddbmm(slope, *wide, beta=0, alpha=factor, out=slope)
         applied = weights
         if dropout is not None:
             keep = _keep(dropout, names[block], length)
-            applied = (weights * keep).mul_(dropout.scale)
-            grad_weights.mul_(keep).mul_(dropout.scale)
-        grads[2][block] = torch.bmm(applied.to(dtype).transpose(1, 2), grad_output[block])
-        grad_scores = grad_weights.sub_(delta[block]).mul_(weights).mul_(scale).to(dtype)
-        grads[0][block] = torch.bmm(grad_scores, key[block])
-        grads[1][block] = torch.bmm(grad_scores.transpose(1, 2), query[block])
+            applied = torch.mul(weights, keep, out=scores)
+            slope.mul_(keep)
+        narrow = applied.to(dtype).transpose(1, 2)
+        torch.baddbmm(grad_value, narrow, grad_output[block], beta=0, alpha=factor, out=grad_value)
+        narrow = slope.sub_(delta[block]).mul_(weights).mul_(scale).to(dtype)
+        torch.bmm(narrow, key[block], out=grad_query)
+        torch.bmm(narrow.transpose(1, 2), query[block], out=grad_key)
     return grads[0].view(shape), grads[1].view(shape), grads[2].view(shape)

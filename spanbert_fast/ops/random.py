@@ -7,7 +7,7 @@ below `dropout_threshold(p)`. No mask depends on how a batch is put together or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -117,12 +117,13 @@ def plane_keep_mask(
     if seed.device.type != "cpu":
         return plane_keep_mask_torch(planes, num_queries, num_keys, threshold, seed, site)
     keep = torch.empty((len(planes), num_queries, num_keys), dtype=torch.bool)
-    key, threads = int(seed) & (2**64 - 1), _num_threads(num_queries * num_keys)
+    key, threads = int(seed) & (2**64 - 1), _num_threads(keep.numel())
     buffer = keep.numpy()
-    for index, plane in enumerate(planes):
-        # One head, whose "sequence" is the plane: the counter word is the same number.
+    for part in _runs(planes):
+        # The counter word is plane = sequence id * H + head, whatever H a call says.
+        size = part.stop - part.start
         _core.fill_attention_mask(
-            buffer[index : index + 1], plane, site, key, threshold, num_threads=threads
+            buffer[part], planes[part.start] // size, site, key, threshold, num_threads=threads
         )
     return keep
 
@@ -190,6 +191,19 @@ def _lanes(counters: Sequence[Tensor], seed: Tensor) -> Tensor:
     """The 16-bit lanes in the order of columns: [..., 8 * last size of the counters]."""
     words = torch.stack(philox4x32_torch(counters, seed), dim=-1)
     return torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-3)
+
+
+def _runs(planes: Sequence[int]) -> Iterator[slice]:
+    """Parts that one call can fill: consecutive planes from a multiple of their number, or one."""
+    start = 0
+    while start < len(planes):
+        stop = start + 1
+        while stop < len(planes) and planes[stop] == planes[stop - 1] + 1:
+            stop += 1
+        if planes[start] % (stop - start):
+            stop = start + 1
+        yield slice(start, stop)
+        start = stop
 
 
 def _num_threads(num_elements: int) -> int:

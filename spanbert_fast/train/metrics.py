@@ -20,6 +20,8 @@ from spanbert_fast.config import Config
 from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.train.events import EvaluationResult, Progress
 
+_LONGEST_PROBE_SECONDS = 0.2
+
 
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl` and the same to TensorBoard.
@@ -182,15 +184,17 @@ def model_flops(config: Config, batch: PackedBatch) -> float:
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What this machine reaches now on a square matrix product in `dtype`: the best of a few."""
-    size = 1024 if device.type == "cpu" else 8192
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        begun = time.perf_counter()
-        product = left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    del product
-    return 2 * size**3 / best
+    """What this machine reaches now on square matrix products in `dtype`: the best of a few."""
+    best = 0.0
+    for size in (256, 1024) if device.type == "cpu" else (1024, 8192):
+        if best and 2 * size**3 / best > _LONGEST_PROBE_SECONDS:
+            break  # a dtype that this machine emulates
+        left = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(5):
+            begun = time.perf_counter()
+            product = left @ left
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+        del left, product
+    return best

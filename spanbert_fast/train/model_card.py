@@ -56,7 +56,7 @@ def model_card(run: Run, evaluation: EvaluationResult | None) -> str:
         *_section("Results on held-out blocks", _result_rows(evaluation)),
         *_section("Data", _data_rows(run)),
         *_section("Settings", {k: v for k, v in settings.as_json().items() if k != "output"}),
-        *_section("Environment", run.environment()),
+        *_section("Environment", run.environment),
     ]
     return "\n".join(lines)
 

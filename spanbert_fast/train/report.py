@@ -48,6 +48,7 @@ def draw_report(metrics: Lines, path: Path, title: str) -> None:
         axis.set(ylabel=label, ylim=(0, None))
     for axis in axes:
         axis.set_xlabel("step")
+        axis.set_xlim(0, metrics[-1]["step"] if metrics else None)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -78,8 +79,8 @@ def _draw_accuracies(axis: Axes, held_out: Lines) -> None:
     level = 100 * baselines["majority_accuracy"]
     label = f"always {baselines['majority_token']!r}: {level:.1f} %"
     axis.axhline(level, color=_GREY, linestyle="--", label=label)
-    axis.set_ylim(0, None)
-    axis.legend()
+    axis.set_ylim(0, 1.15 * max(axis.get_ylim()[1], level))
+    axis.legend(loc="lower right")
 
 
 def _curve(

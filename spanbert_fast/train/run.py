@@ -72,6 +72,8 @@ class Run:
     meter: Meter
     start_step: int
     """Steps that a checkpoint has done."""
+    environment: dict[str, Any]
+    """What must be equal for a resumed run to be equal bit by bit."""
 
     @property
     def checkpoints(self) -> Path:
@@ -120,19 +122,12 @@ class Run:
             "optimizer": optimizer_tensors(self.optimizer, named),
             "state": {
                 "settings": self.settings.as_json(),
-                "environment": self.environment(),
+                "environment": self.environment,
                 "random": random_state(),
                 "scale": self.scale.state(),
                 "tokens": self.meter.tokens,
                 "untrained_heads": self.model.config.untrained_heads,
             },
-        }
-
-    def environment(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be equal bit by bit."""
-        return {
-            **environment(self.device, self.precision),
-            "data": self.source.shards.manifest_hash,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -175,40 +170,39 @@ def build_run(
         )
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
-    torch.manual_seed(settings.seed)
-    model = build_model(settings, source)
-    model.to(device)  # type: ignore[arg-type]
+    surroundings = environment(device, precision) | {"data": source.shards.manifest_hash}
     found = latest_valid_checkpoint(
         settings.output / "checkpoints",
         on_refused=lambda path, reason: emit(CheckpointRefused(path=path, reason=reason)),
     )
     checkpoint = load_checkpoint(found) if found else None
-    start_step = checkpoint.step if checkpoint else 0
+    if checkpoint:
+        _check_exactness(settings, surroundings, checkpoint, emit, allow=allow_inexact_resume)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, source)
+    model.to(device)  # type: ignore[arg-type]
     peak = matmul_flops_per_second(device, autocast_dtype(precision))
+    start_step, tokens = (checkpoint.step, checkpoint.state["tokens"]) if checkpoint else (0, 0)
+    forward = model.forward_packed
     run = Run(
         settings=settings,
         source=source,
         device=device,
         precision=precision,
         model=model,
-        forward=torch.compile(model.forward_packed, dynamic=True)
-        if settings.compile
-        else model.forward_packed,
+        forward=torch.compile(forward, dynamic=True) if settings.compile else forward,
         optimizer=build_optimizer(
             model, weight_decay=settings.weight_decay, reference=settings.reference_optimizer
         ),
         scale=LossScale(device, enabled=precision == "fp16"),
         log=MetricsLog(settings.output, last_step=start_step),
         meter=Meter(
-            num_steps=settings.steps,
-            start_step=start_step,
-            start_tokens=checkpoint.state["tokens"] if checkpoint else 0,
-            peak=peak,
+            num_steps=settings.steps, start_step=start_step, start_tokens=tokens, peak=peak
         ),
         start_step=start_step,
+        environment=surroundings,
     )
     if checkpoint:
-        _check_exactness(run, checkpoint, emit, allow=allow_inexact_resume)
         run.restore(checkpoint)
     model.train()
     _write_description(run)
@@ -248,18 +242,22 @@ def build_model(settings: Settings, source: Source) -> Model:
 
 
 def _check_exactness(
-    run: Run, checkpoint: Checkpoint, emit: Callable[[Event], None], *, allow: bool
+    settings: Settings,
+    surroundings: dict[str, Any],
+    checkpoint: Checkpoint,
+    emit: Callable[[Event], None],
+    *,
+    allow: bool,
 ) -> None:
     """Say what differs from the run that wrote the checkpoint; refuse unless allowed."""
-    pairs: list[tuple[str, Any, Any]] = []
-    before, now = checkpoint.state["environment"], run.environment()
-    pairs += [(name, before.get(name), now.get(name)) for name in sorted(before | now)]
-    before, now = checkpoint.state["settings"], run.settings.as_json()
+    before, now = checkpoint.state["environment"], surroundings
+    pairs = [(name, before.get(name), now.get(name)) for name in sorted(before | now)]
+    before, now = checkpoint.state["settings"], settings.as_json()
     pairs += [(name, before.get(name), now.get(name)) for name in sorted(set(now) - _FREE_SETTINGS)]
     found = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
     if not found:
         return
-    text = f"resuming {run.settings.output} is not exact: {'; '.join(found)}"
+    text = f"resuming {settings.output} is not exact: {'; '.join(found)}"
     if not allow:
         raise ValueError(f"{text}. Pass --allow-inexact-resume to continue nevertheless")
     emit(Notice(text=text))
@@ -268,7 +266,7 @@ def _check_exactness(
 def _write_description(run: Run) -> None:
     values = {
         "settings": run.settings.as_json(),
-        "environment": run.environment(),
+        "environment": run.environment,
         "model": run.model.config.to_dict(),
     }
     path = run.settings.output / "run.json"

@@ -76,7 +76,7 @@ class Source:
 
     def token_counts(self) -> Tensor:
         """int64 [V], how often each piece stands in the training split."""
-        return torch.from_numpy(self.shards.unigram_counts())
+        return torch.tensor(self.shards.unigram_counts())
 
     def check_positions(self, max_position_embeddings: int) -> None:
         """Refuse a model that is too short.

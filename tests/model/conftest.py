@@ -59,9 +59,14 @@ def padded() -> dict[str, Tensor]:
     # An uneven number of labels per row: a mean of means would show.
     chance = torch.tensor([0.8, 0.1, 0.3, 0.5])[:, None]
     is_label = (torch.rand(shape, generator=generator) < chance) & (mask == 1)
+    none = [-1, -1]
     spans = torch.tensor(
-        [[[1, 3], [5, 9], [8, 12]], [[2, 4], [-1, -1], [-1, -1]], [[0, 6], [7, 9], [-1, -1]]]
-        + [[[-1, -1]] * 3]
+        [
+            [[1, 3], [5, 9], [8, 12]],
+            [[2, 4], none, none],
+            [[0, 6], [7, 9], none],
+            [none, none, none],
+        ]
     )
     targets = torch.full((4, 3, 5), -100)
     for row, span in (spans[..., 0] >= 0).nonzero().tolist():

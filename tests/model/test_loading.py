@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers.utils import logging
 
 from spanbert_fast.config import Config
 from spanbert_fast.model.pretrained import Model
@@ -120,9 +121,7 @@ def test_plain_transformers_loads_our_folder(model: Model, tmp_path: Path) -> No
     torch.testing.assert_close(expected, states, rtol=0, atol=1e-9)
 
 
-def test_masked_lm_folder(
-    hf_config: BertConfig, padded: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_masked_lm_folder(hf_config: BertConfig, padded: dict[str, Tensor], tmp_path: Path) -> None:
     twin = BertForMaskedLM(hf_config).eval()
     twin.save_pretrained(tmp_path)
     model, messages = load_warned(tmp_path)
@@ -133,13 +132,19 @@ def test_masked_lm_folder(
     torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_encoder_folder_without_prefix(hf_config: BertConfig, tmp_path: Path) -> None:
+def test_encoder_folder_without_prefix(
+    hf_config: BertConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     twin = BertModel(hf_config).eval()
     twin.save_pretrained(tmp_path)
+    logging.enable_propagation()
     model, messages = load_warned(tmp_path)
+    logging.disable_propagation()
+    assert caplog.text == ""
     assert model.config.untrained_heads == ["mlm", "sbo"]
     assert len(messages) == 1
     assert "no complete MLM and SBO head" in messages[0]
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
     assert "pooler.dense" in messages[0]
     ids = torch.arange(5, 15)[None]
     states = model.bert(ids).last_hidden_state
@@ -193,7 +198,10 @@ def test_malicious_pickle_is_refused(
 
 def test_extra_heads_are_named_once(hf_config: BertConfig, tmp_path: Path) -> None:
     BertForPreTraining(hf_config).save_pretrained(tmp_path)
-    model, messages = load_warned(tmp_path)
+    loaded: Any = load_warned(tmp_path, output_loading_info=True)
+    (model, report), messages = loaded
+    assert {"bert.pooler.dense.weight", "cls.seq_relationship.bias"} <= report["unexpected_keys"]
+    assert "cls.span_boundary.bias" in report["missing_keys"]
     assert model.config.untrained_heads == ["sbo"]
     assert len(messages) == 1
     assert "bert.pooler.dense, cls.seq_relationship" in messages[0]
@@ -242,6 +250,8 @@ def test_untrained_heads_stay_silent_until_trained(
     silent = model(**inputs)
     assert silent.logits is None
     assert silent.sbo_logits is None
+    with pytest.raises(KeyError, match=r"logits was not computed.*untrained_heads"):
+        silent["logits"]
     asked = model(**inputs, return_logits=True)
     assert asked.logits is not None
     assert asked.sbo_logits is not None

@@ -39,9 +39,7 @@ def flat(packed: PackedBatch) -> dict[str, Any]:
     }
 
 
-def test_packed_equals_padded(
-    model: Model, padded: dict[str, Tensor], packed: PackedBatch
-) -> None:
+def test_packed_equals_padded(model: Model, padded: dict[str, Tensor], packed: PackedBatch) -> None:
     a, b = model(**padded), model.forward_packed(packed)
     kept = padded["attention_mask"].bool()
     torch.testing.assert_close(a.logits[kept], b.logits, **CLOSE)
@@ -72,9 +70,7 @@ def test_one_by_one_equals_padded(model: Model, padded: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize("form", ["boundaries", "boundaries and lengths", "restarting positions"])
-def test_one_packed_row(
-    model: Model, flat: dict[str, Any], packed: PackedBatch, form: str
-) -> None:
+def test_one_packed_row(model: Model, flat: dict[str, Any], packed: PackedBatch, form: str) -> None:
     if form == "restarting positions":
         flat["position_ids"] = packed.position_ids[None]
     else:
@@ -143,6 +139,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("targets' shape", {"sbo_targets": torch.zeros(4, 2, 5).long()}, "sbo_targets must have sh"),
     ("order", {"sbo_spans": torch.tensor([[[5, 3]] * 3] * 4)}, "left < right < 14, got"),
     ("seed", {"dropout_seed": torch.tensor(1.0)}, "dropout_seed must be an int64 scalar"),
+    ("names", {"sequence_ids": torch.arange(3)}, r"sequence_ids must be integers of shape \(4,"),
     ("attentions", {"output_attentions": True}, 'attn_implementation="eager"'),
 ]
 

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of the C++ core: Philox4x32-10 in plain integers and the masking rule one token at a time."""
+"""Slow, obvious twins of the C++ core: Philox4x32-10 and the masking rule, one token at a time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Rule:
 
 @dataclass
 class Masked:
-    """The fields of `MaskedBatch` as lists, and what the statistics are about."""
+    """The fields of `MaskedBatch` as lists."""
 
     input_ids: list[int] = field(default_factory=list)
     mlm_positions: list[int] = field(default_factory=list)

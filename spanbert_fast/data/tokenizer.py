@@ -1,0 +1,177 @@
+"""Tokenizers: loaded without losing case, asked where words start, and saved with all they need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+
+_ROLES: Final = ("pad", "unk", "cls", "sep", "mask")
+_SPELLINGS: Final = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+_CASED_SHARE: Final = 0.01
+
+
+def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of a hub repository.
+
+    A folder with `tokenizer.json` is loaded from it. A folder with only `vocab.txt` is WordPiece;
+    it keeps case if its `tokenizer_config.json` says so or, without one, if the vocabulary has
+    upper-case entries. Anything that is not a folder is a name for `AutoTokenizer`.
+
+    Raises:
+        ValueError: there is no tokenizer, it has no fast form, or it would lower-case text for a
+            vocabulary that has upper-case entries.
+    """
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        tokenizer = _load_folder(folder)
+    elif folder.is_absolute() or str(path_or_name).startswith("."):
+        raise ValueError(f"tokenizer {str(path_or_name)!r} is not a folder")
+    else:
+        tokenizer = _load_named(str(path_or_name))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"tokenizer {str(path_or_name)!r} is a {type(tokenizer).__name__} without a "
+            "`tokenizers` backend, must have a fast form (tokenizer.json or vocab.txt)"
+        )
+    if lower_cases(tokenizer) and is_cased(list(tokenizer.get_vocab())):
+        raise ValueError(
+            f"tokenizer {str(path_or_name)!r} lower-cases text, but its vocabulary has upper-case "
+            'entries. Put {"tokenizer_class": "BertTokenizer", "do_lower_case": false} into its '
+            "tokenizer_config.json, or give a folder with only its vocab.txt"
+        )
+    return tokenizer
+
+
+def _load_folder(folder: Path) -> Any:
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    if (folder / "tokenizer.json").is_file():
+        if config:
+            return AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))  # type: ignore[no-untyped-call]
+        vocabulary = tokenizer.get_vocab()
+        for role, spellings in _SPELLINGS.items():
+            for spelling in spellings:
+                if spelling in vocabulary:
+                    tokenizer.add_special_tokens({f"{role}_token": spelling})
+        return tokenizer
+    vocabulary_path = folder / "vocab.txt"
+    if not vocabulary_path.is_file():
+        raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.txt, one is needed")
+    entries = vocabulary_path.read_text("utf-8").splitlines()
+    lower_case = bool(config.get("do_lower_case", not is_cased(entries)))
+    return BertTokenizer(vocab=str(vocabulary_path), do_lower_case=lower_case)
+
+
+def _load_named(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer {name!r} is neither a folder nor a name that can be loaded: {error}"
+        ) from error
+
+
+def is_cased(entries: list[str]) -> bool:
+    """Whether a vocabulary has upper-case entries: more than 1 in 100, special tokens apart."""
+    words = [entry for entry in entries if not (entry[:1] in "[<" and entry[-1:] in "]>")]
+    return sum(entry != entry.lower() for entry in words) > _CASED_SHARE * len(words)
+
+
+def lower_cases(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer lower-cases text before it looks it up."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and "A" not in normalizer.normalize_str("A")
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Ids of `pad`, `unk`, `cls`, `sep` and `mask`.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    missing = [role for role, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ValueError(
+            f"the tokenizer has no {', '.join(missing)} token, masked language models need "
+            f"{', '.join(_ROLES)}"
+        )
+    return ids
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of what the tokenizer does, whatever file it came from."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("truncation", None)
+    content.pop("padding", None)
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def word_starts(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.bool_]:
+    """Bool [V], whether a vocabulary entry begins a word.
+
+    WordPiece: without the continuation prefix (`##`). Byte-level BPE: a leading `Ġ` (space), or
+    `Ċ`, `ĉ`, `č` (line feed, tab, carriage return). SentencePiece: a leading `▁`. Special tokens
+    count as starts.
+
+    Raises:
+        ValueError: the family of the tokenizer does not mark word starts in its vocabulary.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    described = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    prefix = model.get("continuing_subword_prefix")
+    marks: tuple[str, ...]
+    if model["type"] == "WordPiece" and prefix:
+        marks, expected = (prefix,), False
+    elif '"ByteLevel"' in described:
+        marks, expected = ("Ġ", "Ċ", "ĉ", "č"), True
+    elif '"Metaspace"' in described:
+        marks, expected = ("▁",), True
+    else:
+        raise ValueError(
+            f"cannot tell where words start for a tokenizer of type {model['type']}, must be "
+            "WordPiece, byte-level BPE or SentencePiece"
+        )
+    specials = set(tokenizer.all_special_tokens)
+    starts = np.ones(len(tokenizer), np.bool_)
+    for token, index in tokenizer.get_vocab().items():
+        starts[index] = token in specials or token.startswith(marks) == expected
+    return starts
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes a folder from which `AutoTokenizer` and `load_tokenizer` load the same tokenizer.
+
+    The bytes depend on the tokenizer only, not on where it was loaded from.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    config_path = directory / "tokenizer_config.json"
+    config = json.loads(config_path.read_text("utf-8"))
+    for key in ("name_or_path", "vocab_file", "tokenizer_file", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordPiece":
+        vocabulary = tokenizer.get_vocab()
+        entries = sorted(vocabulary, key=vocabulary.__getitem__)
+        (directory / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries), "utf-8")
+    if tokenizer_hash(load_tokenizer(directory)) != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"the tokenizer changes when it is saved to {directory} and loaded again; give it as a "
+            "folder with a complete tokenizer.json and tokenizer_config.json"
+        )

@@ -1,0 +1,84 @@
+"""Tiny corpora of invented sentences, and a tokenizer trained on them once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spanbert_fast.data.manifest import Split
+from spanbert_fast.data.masking import SpanMasker
+from spanbert_fast.data.prepare import PrepareOptions, prepare
+from spanbert_fast.data.shards import TokenShards
+from spanbert_fast.data.tokenizer import load_tokenizer, save_tokenizer, word_starts
+from spanbert_fast.data.wordpiece import train_tokenizer
+
+WORDS = (
+    "the a river Anna walked slowly under old bridges while nobody watched clouds drift over "
+    "Berlin and every lamp unfolded yellow petals of light into unbelievably quiet streets"
+).split()
+
+
+def sentence(generator: random.Random) -> str:
+    words = generator.choices(WORDS, k=generator.randint(1, 13))
+    return " ".join(words).capitalize() + " streets."  # A last "a." would be an abbreviation.
+
+
+def documents(seed: int, count: int) -> list[list[str]]:
+    generator = random.Random(seed)
+    return [[sentence(generator) for _ in range(generator.randint(1, 9))] for _ in range(count)]
+
+
+def as_lines(texts: list[list[str]]) -> str:
+    return "\n\n".join("\n".join(text) for text in texts) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = (line for text in documents(1, 300) for line in text)
+    save_tokenizer(train_tokenizer(texts, 180), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> TokenShards:
+    """Some 400 blocks of at most 30 pieces, in several files."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "corpus.txt").write_text(as_lines(documents(2, 250)))
+    options = PrepareOptions(
+        input=(str(folder / "corpus.txt"),),
+        output=folder / "out",
+        tokenizer=str(tokenizer_folder),
+        seq_length=32,
+        rows_per_file=100,
+        validation_permille=100,
+        workers=1,
+    )
+    prepare(options)
+    return TokenShards.open(options.output)
+
+
+@pytest.fixture(scope="session")
+def masker(shards: TokenShards) -> SpanMasker:
+    specials = shards.manifest.special_token_ids
+    return SpanMasker(
+        word_starts(load_tokenizer(shards.tokenizer_directory)),
+        mask_token_id=specials["mask"],
+        special_token_ids=[specials[role] for role in ("pad", "cls", "sep", "mask")],
+        replacement_ids=shards.replacement_sample(1000),
+    )
+
+
+@pytest.fixture
+def all_blocks() -> Callable[[TokenShards, Split], list[list[int]]]:
+    """Every block of a split, read one by one."""
+
+    def read(shards: TokenShards, split: Split) -> list[list[int]]:
+        rows = range(shards.num_blocks(split))
+        return [shards.gather(split, np.array([row])).values.tolist() for row in rows]
+
+    return read
