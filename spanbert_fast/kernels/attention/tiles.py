@@ -1,0 +1,92 @@
+"""Device functions that the three attention kernels share: where a program works, what it keeps.
+
+The order of keys inside a tile. One counter of the generator serves eight neighbouring keys of a
+query, but a tensor core leaves a thread two neighbouring columns of every eight: drawn in that
+order, each word would have to travel between threads. A sum over keys does not mind their order, so
+under dropout the columns of a tile stand for keys in another order, in which the eight keys of a
+counter lie in one thread: the column bits (word, thread, half) of a block of 32 are the key bits
+(thread, word, half). Only the addresses of rows of K and V change.
+"""
+
+import triton
+import triton.language as tl
+
+from spanbert_fast.kernels.common import philox_lanes
+
+
+@triton.jit
+def place(cu_ptr, num_heads, num_blocks):
+    """Block, head and sequence of this program; first token and length of the sequence.
+
+    Blocks of one head of one sequence are neighbours, so that they find its keys in the cache.
+    """
+    program = tl.program_id(0)
+    block = program % num_blocks
+    plane = program // num_blocks
+    sequence = plane // num_heads
+    start = tl.load(cu_ptr + sequence)
+    length = tl.load(cu_ptr + sequence + 1) - start
+    return block, plane % num_heads, sequence, start.to(tl.int64), length
+
+
+@triton.jit
+def keys_of_columns(BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
+    """The key, counted from the tile's first, of each column of a tile: int32 [BLOCK_K]."""
+    columns = tl.arange(0, BLOCK_K)
+    if DROPOUT:
+        columns = (columns & -31) | ((columns & 6) << 2) | ((columns & 24) >> 2)
+    return columns
+
+
+@triton.jit
+def plane_counter(ids_ptr, sequence, head, num_heads):
+    """Third counter word of a head of a sequence: (id * H + head) mod 2^32."""
+    return (tl.load(ids_ptr + sequence) * num_heads + head).to(tl.uint32)
+
+
+@triton.jit
+def keep_tile(
+    seed, first_key, queries, plane, site, threshold, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Which scores of a tile dropout keeps, in the order of `keys_of_columns`.
+
+    Args:
+        seed: int64 scalar.
+        first_key: First key of the tile, a multiple of 32.
+        queries: int32 [BLOCK_Q], places in the sequence.
+        plane: See `plane_counter`.
+        site: Which dropout of the model this is.
+        threshold: Of 65,536 lanes, so many mean "dropped".
+        BLOCK_Q: Queries of the tile.
+        BLOCK_K: Keys of the tile, a multiple of 32.
+
+    Returns:
+        bool [BLOCK_Q, BLOCK_K].
+    """
+    counters = first_key // 8 + tl.arange(0, BLOCK_K // 8)
+    lanes = philox_lanes(seed, counters[None, :], queries[:, None], plane, site)
+    lanes = tl.reshape(lanes, (BLOCK_Q, BLOCK_K // 32, 4, 4, 2))
+    lanes = tl.reshape(tl.permute(lanes, (0, 1, 3, 2, 4)), (BLOCK_Q, BLOCK_K))
+    return lanes >= threshold.to(tl.uint32) << 16
+
+
+@triton.jit
+def visible_tile(queries, keys, length, window, HAS_WINDOW: tl.constexpr):
+    """Which keys a query sees: bool, in the shape that `queries` and `keys` broadcast to."""
+    visible = keys < length
+    if HAS_WINDOW:
+        visible = visible & (tl.abs(queries - keys) <= window)
+    return visible
+
+
+@triton.jit
+def seen_range(
+    first, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """First and end of what the rows `first` to `first + BLOCK` see; the first in steps of STEP."""
+    begin = 0
+    end = length
+    if HAS_WINDOW:
+        begin = tl.maximum(first - window, 0) // STEP * STEP
+        end = tl.minimum(first + (BLOCK - 1) + window + 1, length)
+    return begin, end
