@@ -244,7 +244,7 @@ def _gelu_norm_op(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    tiles = row_tiles(*x.shape, num_operands=2)
+    tiles = row_tiles(x.shape[0], x.shape[1], num_operands=2)
     with launch_on(x):
         _gelu_norm_forward[(tiles.num_programs,)](
             x.contiguous(),
@@ -273,7 +273,7 @@ def _gelu_norm_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of bias, weight and ln_bias [3, D]."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tiles = row_tiles(*x.shape, num_operands=3)
+    tiles = row_tiles(x.shape[0], x.shape[1], num_operands=3)
     partial = x.new_empty((tiles.num_programs, 3, x.shape[1]), dtype=torch.float32)
     with launch_on(x):
         _gelu_norm_backward[(tiles.num_programs,)](

@@ -239,7 +239,7 @@ def _backward_op(
     sequence_ids: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of residual (no element if it is that of x), and of weight and bias [2, D]."""
+    """Gradients of x, of residual (empty if it is that of x), and of weight and bias [2, D]."""
     num_rows, size = x.shape
     both = _gradients_differ(x, residual, threshold)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,12 +30,12 @@ class Tiles(NamedTuple):
     num_programs: int
 
 
-def row_tiles(num_rows: int, size: int, num_operands: int) -> Tiles:
+def row_tiles(num_rows: int, size: int, *, num_operands: int) -> Tiles:
     """Tiles for rows of `size` elements, of which `num_operands` rows are in registers at a time.
 
     | elements of a tile | reason |
     | --- | --- |
-    | 4,096 with 2 operands | four 16-byte loads of each operand in flight per thread at 128 threads |
+    | 4,096 with 2 operands | four 16-byte loads of each are in flight in each of 128 threads |
     | 2,048 with more | two would leave the backward of 1,024 columns above 128 registers a thread |
 
     Rows per program: enough that parameters (read) and partial sums (written) cost under a tenth
@@ -53,7 +52,7 @@ def row_tiles(num_rows: int, size: int, num_operands: int) -> Tiles:
 
 @triton.jit
 def gelu(x):
-    """x * Phi(x) with the exact Gaussian distribution function, float32."""
+    """GELU, x * Phi(x) with the exact Gaussian distribution function, float32."""
     return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
 
 

@@ -28,6 +28,7 @@ from spanbert_fast.kernels.rows import (
 )
 from spanbert_fast.kernels.segments import segment_sum
 
+_COUNTS = (*COUNTS, "num_spans")
 # Elements of a tile. More spans to a program would mean fewer partial sums of the slots, but the
 # tile, its gradient and two sums of parameters live in registers through the whole loop.
 _TILE = 4096
@@ -49,7 +50,7 @@ def _load_slot(by_offset_ptr, slot, bias, columns, SIZE: tl.constexpr):
     return part.to(tl.float32) + bias
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _forward(
     by_span_ptr,
     by_offset_ptr,
@@ -74,7 +75,7 @@ def _forward(
     spans, first, lengths, longest = _load_spans(cu_ptr, num_spans, SPANS, NUM_SLOTS)
     mask = (spans < num_spans)[:, None] & (columns < SIZE)[None, :]
     by_span = tl.load(by_span_ptr + spans[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
-    for slot in range(0, longest):
+    for slot in range(longest):
         part = _load_slot(by_offset_ptr, slot, bias, columns, SIZE)
         is_target = slot < lengths
         mask = is_target[:, None] & (columns < SIZE)[None, :]
@@ -88,7 +89,7 @@ def _forward(
         tl.store(rstd_ptr + rows, rstd, mask=is_target)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=_COUNTS)
 def _backward(
     dy_ptr,
     by_span_ptr,
@@ -119,7 +120,7 @@ def _backward(
     weight_sum = tl.zeros((SPANS, BLOCK), tl.float32)
     ln_bias_sum = tl.zeros((SPANS, BLOCK), tl.float32)
     slots = slots_ptr + tl.program_id(0).to(tl.int64) * (NUM_SLOTS * SIZE) + columns
-    for slot in range(0, longest):
+    for slot in range(longest):
         total = by_span.to(tl.float32)
         total += _load_slot(by_offset_ptr, slot, bias, columns, SIZE)[None, :]
         is_target = slot < lengths
