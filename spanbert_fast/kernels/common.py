@@ -21,7 +21,6 @@ COUNTS = (
     "num_tokens",
     "num_rows",
     "num_sequences",
-    "num_spans",
     "num_heads",
     "num_blocks",
     "rows_per_program",
@@ -50,9 +49,23 @@ def philox4x32(seed, counter0, counter1, counter2, counter3):
         counter2: See `counter0`.
         counter3: See `counter0`.
     """
-    # The generator works word by word, so words of different shapes have to be made alike first.
-    zero = (counter0 ^ counter0) | (counter1 ^ counter1) | (counter2 ^ counter2)
-    return tl.philox(seed, zero | counter0, zero | counter1, zero | counter2, zero | counter3, 10)
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    word0 = counter0.to(tl.uint32)
+    word1 = counter1.to(tl.uint32)
+    word2 = counter2.to(tl.uint32)
+    word3 = counter3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        # Both halves of a product come from one instruction if it is written as one product.
+        product0 = word0.to(tl.uint64) * 0xD2511F53
+        product1 = word2.to(tl.uint64) * 0xCD9E8D57
+        word0 = (product1 >> 32).to(tl.uint32) ^ word1 ^ key0
+        word1 = product1.to(tl.uint32)
+        word2 = (product0 >> 32).to(tl.uint32) ^ word3 ^ key1
+        word3 = product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return word0, word1, word2, word3
 
 
 @triton.jit
