@@ -1,5 +1,6 @@
 #include "assemble.h"
 
+#include <exception>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -10,11 +11,14 @@
 namespace spanbert_fast {
 namespace {
 
+// Assembles rows [begin, end) of the batch and returns what went wrong.
 template <typename Value>
-SPANBERT_FAST_INLINE void assemble_rows(const SpanMasker& masker, const RowInput<Value>& input,
-                                        std::uint32_t epoch, const PackedRows& rows,
-                                        const AssembledTokens& out, std::size_t begin,
-                                        std::size_t end, MaskedTargets& targets) {
+SPANBERT_FAST_INLINE std::exception_ptr assemble_rows(const SpanMasker& masker,
+                                                      const RowInput<Value>& input,
+                                                      std::uint32_t epoch, const PackedRows& rows,
+                                                      const AssembledTokens& out, std::size_t begin,
+                                                      std::size_t end,
+                                                      MaskedTargets& targets) noexcept try {
   SequenceMasker engine(masker, epoch, targets);
   for (std::size_t index = begin; index < end; ++index) {
     const std::int64_t first = rows.cu[index];
@@ -33,21 +37,26 @@ SPANBERT_FAST_INLINE void assemble_rows(const SpanMasker& masker, const RowInput
       out.position_ids[position] = position - first;
     }
   }
+  return nullptr;
+} catch (...) {
+  return std::current_exception();
 }
 
 // Clones cannot be templates.
 SPANBERT_FAST_CLONES
-void assemble_part(const SpanMasker& masker, const RowInput<std::uint16_t>& input,
-                   std::uint32_t epoch, const PackedRows& rows, const AssembledTokens& out,
-                   std::size_t begin, std::size_t end, MaskedTargets& targets) {
-  assemble_rows(masker, input, epoch, rows, out, begin, end, targets);
+std::exception_ptr assemble_part(const SpanMasker& masker, const RowInput<std::uint16_t>& input,
+                                 std::uint32_t epoch, const PackedRows& rows,
+                                 const AssembledTokens& out, std::size_t begin, std::size_t end,
+                                 MaskedTargets& targets) noexcept {
+  return assemble_rows(masker, input, epoch, rows, out, begin, end, targets);
 }
 
 SPANBERT_FAST_CLONES
-void assemble_part(const SpanMasker& masker, const RowInput<std::int32_t>& input,
-                   std::uint32_t epoch, const PackedRows& rows, const AssembledTokens& out,
-                   std::size_t begin, std::size_t end, MaskedTargets& targets) {
-  assemble_rows(masker, input, epoch, rows, out, begin, end, targets);
+std::exception_ptr assemble_part(const SpanMasker& masker, const RowInput<std::int32_t>& input,
+                                 std::uint32_t epoch, const PackedRows& rows,
+                                 const AssembledTokens& out, std::size_t begin, std::size_t end,
+                                 MaskedTargets& targets) noexcept {
+  return assemble_rows(masker, input, epoch, rows, out, begin, end, targets);
 }
 
 }  // namespace
@@ -93,7 +102,8 @@ MaskedTargets assemble(const SpanMasker& masker, const RowInput<Value>& input, s
   const std::vector<std::size_t> parts = split_evenly(rows.cu, num_threads);
   std::vector<MaskedTargets> targets(parts.size() - 1);
   run_parallel(targets.size(), [&](std::size_t part) {
-    assemble_part(masker, input, epoch, rows, out, parts[part], parts[part + 1], targets[part]);
+    rethrow(assemble_part(masker, input, epoch, rows, out, parts[part], parts[part + 1],
+                          targets[part]));
   });
   return concatenate(targets);
 }

@@ -11,6 +11,10 @@
 
 namespace spanbert_fast {
 
+inline void rethrow(const std::exception_ptr& error) {
+  if (error) std::rethrow_exception(error);
+}
+
 // Runs task(0) ... task(num_tasks - 1), each on a thread of its own, and rethrows the first task's
 // exception.
 template <typename Task>
@@ -34,9 +38,7 @@ void run_parallel(std::size_t num_tasks, const Task& task) {
   }
   if (num_tasks > 0) guarded(0);
   for (auto& thread : threads) thread.join();
-  for (const auto& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
+  for (const auto& error : errors) rethrow(error);
 }
 
 // First item of part `index` when num_items items are dealt to num_parts parts.

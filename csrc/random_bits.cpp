@@ -47,7 +47,7 @@ SPANBERT_FAST_INLINE void fill_row(bool* out, std::int64_t num_columns, std::uin
 SPANBERT_FAST_CLONES
 void fill_hidden_rows(bool* out, std::int64_t begin, std::int64_t end, std::int64_t hidden_size,
                       const std::int64_t* positions, const std::int64_t* sequence_ids,
-                      const DropoutStream& stream) {
+                      const DropoutStream& stream) noexcept {
   for (std::int64_t token = begin; token < end; ++token) {
     fill_row(out + token * hidden_size, hidden_size, static_cast<std::uint32_t>(positions[token]),
              static_cast<std::uint32_t>(sequence_ids[token]), stream);
@@ -57,7 +57,7 @@ void fill_hidden_rows(bool* out, std::int64_t begin, std::int64_t end, std::int6
 SPANBERT_FAST_CLONES
 void fill_attention_rows(bool* out, std::int64_t begin, std::int64_t end, std::int64_t num_queries,
                          std::int64_t num_keys, std::uint32_t first_plane,
-                         const DropoutStream& stream) {
+                         const DropoutStream& stream) noexcept {
   for (std::int64_t row = begin; row < end; ++row) {
     fill_row(out + row * num_keys, num_keys, static_cast<std::uint32_t>(row % num_queries),
              first_plane + static_cast<std::uint32_t>(row / num_queries), stream);

@@ -1,5 +1,6 @@
 #include "span_masker.h"
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -9,10 +10,11 @@
 namespace spanbert_fast {
 namespace {
 
-// Masks sequences [begin, end) of the batch.
+// Masks sequences [begin, end) of the batch and returns what went wrong.
 SPANBERT_FAST_CLONES
-void mask_sequences(const SpanMasker& masker, const PackedInput& input, std::uint32_t epoch,
-                    std::size_t begin, std::size_t end, std::int32_t* out, MaskedTargets& targets) {
+std::exception_ptr mask_sequences(const SpanMasker& masker, const PackedInput& input,
+                                  std::uint32_t epoch, std::size_t begin, std::size_t end,
+                                  std::int32_t* out, MaskedTargets& targets) noexcept try {
   SequenceMasker engine(masker, epoch, targets);
   auto tagged = std::lower_bound(
       input.tagged.begin(), input.tagged.end(), begin < end ? input.cu[begin] : 0,
@@ -29,6 +31,9 @@ void mask_sequences(const SpanMasker& masker, const PackedInput& input, std::uin
         .tagged = {first_tagged, tagged},
     });
   }
+  return nullptr;
+} catch (...) {
+  return std::current_exception();
 }
 
 }  // namespace
@@ -91,7 +96,7 @@ MaskedTargets SpanMasker::mask(const PackedInput& input, std::uint32_t epoch, st
   const std::vector<std::size_t> parts = split_evenly(input.cu, num_threads);
   std::vector<MaskedTargets> targets(parts.size() - 1);
   run_parallel(targets.size(), [&](std::size_t part) {
-    mask_sequences(*this, input, epoch, parts[part], parts[part + 1], out, targets[part]);
+    rethrow(mask_sequences(*this, input, epoch, parts[part], parts[part + 1], out, targets[part]));
   });
   return concatenate(targets);
 }

@@ -140,10 +140,8 @@ def test_tables_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
     "words",
     [
         "convert --from tensorflow model.pt OUT",
-        "convert --from fairseq model.pt OUT",
         "evaluate --data d",
         "evaluate m --dat d",
-        "prepare --input a --output b",
         "fill m x --top-k many",
         "pretrain --preset huge",
     ],
@@ -232,6 +230,15 @@ def test_fill(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found[0][0]["start"] == 4
 
 
+def test_fill_without_text(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert main(["fill", str(run / "run" / "model")]) == 2
+    assert "no text was given" in capsys.readouterr().err
+
+
 def test_fill_reads_lines(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -243,9 +250,29 @@ def test_fill_reads_lines(
     assert [spans[0]["text_index"] for spans in found] == [0, 1]
 
 
-def test_fill_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["fill", str(tmp_path / "absent"), "[MASK]"]) == 2
-    assert capsys.readouterr().err == f"error: no such folder: {tmp_path / 'absent'}\n"
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fill ./absent [MASK]", "no such folder: ./absent"),
+        ("evaluate /absent/model --data d", "no such folder: /absent/model"),
+        ("pretrain --data d --output o --init a/b/c", "no such folder: a/b/c"),
+        ("pretrain --data d --output o --config absent.toml", "absent.toml: No such file"),
+        ("convert --from fairseq model.pt OUT", "--config is needed"),
+        ("convert --from hf absent OUT", "no such folder: absent"),
+        ("convert --from fairseq . --config absent.json OUT", "no configuration at absent.json"),
+        ("prepare --input a --output b", "tokenizer is None and train_tokenizer is False"),
+        ("evaluate m --data d --max-blocks -1", "max_blocks must not be negative, got -1"),
+        ("verify absent", "no such folder: absent"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
 
 
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

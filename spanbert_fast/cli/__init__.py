@@ -39,6 +39,7 @@ def _run_pretrain(options: Any, _as_json: bool) -> int:
     from spanbert_fast.train.pretrain import pretrain
 
     _hide_progress_bars()
+    _check_name(options.init)
     with PretrainView() as view:
         pretrain(options, on_event=view)
     return 0
@@ -49,6 +50,7 @@ def _run_evaluate(options: Any, as_json: bool) -> int:
     from spanbert_fast.train.evaluate import evaluate
 
     _hide_progress_bars()
+    _check_name(options.model)
     render.evaluation(evaluate(options), as_json)
     return 0
 
@@ -60,9 +62,10 @@ def _run_fill(options: Any, as_json: bool) -> int:
     from spanbert_fast.tasks.fill import fill_span
 
     _hide_progress_bars()
-    if options.model.startswith((".", os.sep)) and not os.path.isdir(options.model):
-        raise FileNotFoundError(f"no such folder: {options.model}")
+    _check_name(options.model)
     texts = list(options.text) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("no text was given, neither as an argument nor on the standard input")
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     found = fill_span(
         Model.from_pretrained(options.model),
@@ -102,6 +105,13 @@ def _load_vocabulary(name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(name, Path(folder) / "vocab.txt")
         return load_tokenizer(folder)
+
+
+def _check_name(name: str | None) -> None:
+    """Raises FileNotFoundError for what can only be a folder (no hub has such names) and is none."""
+    is_path = name is not None and (name.startswith((".", os.sep)) or name.count("/") > 1)
+    if is_path and not os.path.isdir(name or ""):
+        raise FileNotFoundError(f"no such folder: {name}")
 
 
 def _hide_progress_bars() -> None:
@@ -218,8 +228,15 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        sys.stderr.write(f"error: {' '.join(str(error).split()) or type(error).__name__}\n")
+        sys.stderr.write(f"error: {_message(error)}\n")
         return _FAILURE if isinstance(error, RuntimeError) else _USER_ERROR
+
+
+def _message(error: Exception) -> str:
+    """What happened, on one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _print_warning(message: Warning | str, *_where: object, **_more: object) -> None:

@@ -33,7 +33,10 @@ class Command:
 def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, bool]:
     """The options in `arguments`, and whether JSON was asked for.
 
-    A mistake ends the program with status 2, `--help` with status 0.
+    An unknown or malformed option ends the program with status 2, `--help` with status 0.
+
+    Raises:
+        ValueError: the options refuse a value.
     """
     import tyro
 
@@ -59,8 +62,14 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> tuple[Any, b
     if command.has_json:
         flag = Annotated[bool, tyro.conf.arg(help="Print JSON instead of a table.")]
         fields.append(("json", flag, dataclasses.field(default=False)))
+    # Values are checked below, by the class itself: its message is one line, tyro's is a box.
     shown = dataclasses.make_dataclass(
-        base.__name__, fields, bases=(base,), frozen=True, kw_only=True
+        base.__name__,
+        fields,
+        bases=(base,),
+        namespace={"__post_init__": lambda self: None},
+        frozen=True,
+        kw_only=True,
     )
     shown.__doc__ = base.__doc__
     given: Any = tyro.cli(

@@ -39,6 +39,8 @@ def read_pickled_tensors(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, asks for code, holds no tensors, or took too long.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, must be a file that torch.save wrote")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     with tempfile.TemporaryDirectory(prefix="spanbert_fast_") as directory:

@@ -129,28 +129,25 @@ class Heads(nn.Module):
         rows = self.span_boundary(hidden, batch)
         return functional.linear(rows, self._decoder().weight, self.span_boundary.bias)
 
-    def score(self, hidden: Tensor, batch: PackedBatch, *, with_sbo: bool = True) -> RowScores:
+    def score(self, hidden: Tensor, batch: PackedBatch) -> RowScores:
         """Loss and hit of every target; only labelled rows meet the decoder.
+
+        Without targets a head still has a gradient, of zeros.
 
         Args:
             hidden: Packed hidden states [T, D].
             batch: Where the targets are.
-            with_sbo: False if the spans of the batch ask for predictions and have no targets.
         """
         decoder = self._decoder()
         num_mlm = batch.mlm_positions.shape[0]
-        rows = [self.predictions(hidden.index_select(0, batch.mlm_positions))]
-        targets = [batch.mlm_labels]
-        if with_sbo:
-            rows.append(self.span_boundary(hidden, batch))
-            targets.append(batch.sbo_targets)
+        masked = self.predictions(hidden.index_select(0, batch.mlm_positions))
         losses, correct = linear_cross_entropy(
-            torch.cat(rows),
+            torch.cat([masked, self.span_boundary(hidden, batch)]),
             decoder.weight,
             decoder.bias,
             self.span_boundary.bias,
             num_mlm,
-            torch.cat(targets),
+            torch.cat([batch.mlm_labels, batch.sbo_targets]),
         )
         return RowScores(losses[:num_mlm], correct[:num_mlm], losses[num_mlm:], correct[num_mlm:])
 

@@ -70,6 +70,11 @@ class ReportedLoading:
         model.config.untrained_heads = sorted(untrained)
         if found.message:
             warnings.warn(found.message, stacklevel=2)
+        for parameter in model.parameters():
+            # A mapped file puts tensors at odd addresses, by which products round differently;
+            # and it must not be cut short while it is in use.
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
         return (model, report) if wants_report else model
 
     @staticmethod

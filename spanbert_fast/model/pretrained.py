@@ -20,6 +20,7 @@ from spanbert_fast.model.heads import Heads, RowScores, combine_losses
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
 from spanbert_fast.model.loading import ReportedLoading
 from spanbert_fast.model.outputs import Request, SpanBertOutput
+from spanbert_fast.model.targets import without_spans
 
 
 class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -224,9 +225,12 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
                 self.config.untrained_heads.remove(head)
         loss = mlm_loss = sbo_loss = None
         if request.learns:
-            scores = self.cls.score(hidden, batch, with_sbo=request.has_sbo_targets)
+            learned = batch if request.has_sbo_targets else without_spans(batch)
             loss, mlm_loss, sbo_loss = combine_losses(
-                scores, self.config, request.num_items, request.num_sbo_items
+                self.cls.score(hidden, learned),
+                self.config,
+                request.num_items,
+                request.num_sbo_items,
             )
         logits = sbo_logits = None
         if self._gives_logits("mlm", request, has_targets["mlm"]):

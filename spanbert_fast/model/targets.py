@@ -6,11 +6,13 @@ SBO targets.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 
 IGNORED = -100
@@ -30,6 +32,18 @@ class SpanTargets(NamedTuple):
         """No spans."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return cls(none, none, torch.zeros(1, dtype=torch.int32, device=device), none)
+
+
+def without_spans(batch: PackedBatch) -> PackedBatch:
+    """The same batch with nothing to predict from boundaries."""
+    spans = SpanTargets.empty(batch.sbo_targets.device)
+    return dataclasses.replace(
+        batch,
+        sbo_left=spans.left,
+        sbo_right=spans.right,
+        sbo_cu=spans.cu,
+        sbo_targets=spans.targets,
+    )
 
 
 def masked_targets(

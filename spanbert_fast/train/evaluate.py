@@ -19,6 +19,8 @@ from spanbert_fast.train.source import Source, open_source
 
 __all__ = ["EvaluateOptions", "EvaluationResult", "evaluate", "evaluate_model"]
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
 
 class _Scores(NamedTuple):
     """Of one batch, on the host."""
@@ -126,8 +128,9 @@ def _check_vocabulary(name: str, model: Model, source: Source) -> None:
         raise ValueError(
             f"{name} has {model.config.vocab_size} vocabulary entries, the shards need {size}"
         )
-    if Path(name).is_dir() and not (Path(name) / "tokenizer.json").exists():
-        return  # a folder of weights alone: nothing to compare with
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return  # weights alone: nothing to compare with
     if load_tokenizer(name).get_vocab() != source.tokenizer.get_vocab():
         raise ValueError(
             f"{name} was trained with another vocabulary than {source.path} was prepared with; "

@@ -208,7 +208,6 @@ _DEFAULTS: dict[str, Any] = {
     "keep_checkpoints": 2,
     "language": None,
     "device": "auto",
-    "precision": "auto",
     "activation_checkpointing": False,
     "compile": False,
 }
@@ -258,7 +257,10 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     preset = chosen.get("preset", _DEFAULTS["preset"])
     if preset not in RECIPES:
         raise ValueError(f"preset must be one of {tuple(RECIPES)}, got {preset!r}")
-    values = _DEFAULTS | dataclasses.asdict(RECIPES[preset]) | chosen
+    recipe = dataclasses.asdict(RECIPES[preset])
+    if not chosen.get("init"):  # foreign weights bring their own configuration
+        chosen["model"] = recipe["model"] | chosen["model"]
+    values = _DEFAULTS | recipe | chosen
     values.setdefault("threads", os.cpu_count() or 1)
     if isinstance(tokens := values["global_batch_tokens"], int):
         values.setdefault("micro_batches", max(1, math.ceil(tokens / _MICRO_BATCH_TOKENS)))

@@ -65,7 +65,8 @@ def _draw_losses(axis: Axes, train: Lines, held_out: Lines) -> None:
             level, color=_GREY, linestyle="--", label=f"unigram law, held out: {level:.2f}"
         )
     axis.set(ylabel="cross-entropy, nats per target")
-    axis.legend()
+    if axis.lines:
+        axis.legend()
 
 
 def _draw_accuracies(axis: Axes, held_out: Lines) -> None:

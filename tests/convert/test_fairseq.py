@@ -245,6 +245,8 @@ def test_files_without_weights(
 def test_files_that_are_not_there_or_in_the_way(tmp_path: Path, config: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*absent.pt"):
         convert_fairseq(tmp_path / "absent.pt", tmp_path / "out", config=config)
+    with pytest.raises(ValueError, match="is a folder, must be a file"):
+        convert_fairseq(tmp_path, tmp_path / "out", config=config)
     with pytest.raises(FileNotFoundError, match="no configuration"):
         convert_fairseq(ORIGINAL, tmp_path / "out", config=tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text("{")

@@ -184,8 +184,12 @@ def test_same_step_twice_is_bitwise_equal(
     dropping: Model, packed: PackedBatch, gradients: Gradients
 ) -> None:
     results = []
-    for _ in range(2):
-        dropping.zero_grad()
-        dropping.forward_packed(packed, dropout_seed=torch.tensor(2)).loss.backward()
-        results.append(gradients(dropping))
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            dropping.zero_grad()
+            dropping.forward_packed(packed, dropout_seed=torch.tensor(2)).loss.backward()
+            results.append(gradients(dropping))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())

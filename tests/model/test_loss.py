@@ -122,6 +122,17 @@ def test_without_labels_the_loss_is_zero_and_attached(
     assert output.logits is None
 
 
+def test_labels_beside_spans_that_ask_for_predictions(
+    model: Model, padded: dict[str, Tensor], gradients: Gradients
+) -> None:
+    del padded["sbo_targets"]
+    output = model.train()(**padded, return_logits=True)
+    assert output.sbo_logits.shape == (14, 64)
+    assert float(output.sbo_loss) == 0.0
+    output.loss.backward()
+    assert not gradients(model)["cls.span_boundary.bias"].any()
+
+
 def test_packed_batch_without_labels(model: Model, padded: dict[str, Tensor]) -> None:
     ids = {name: padded[name] for name in ("input_ids", "attention_mask")}
     batch = pack_inputs(model.config, **ids).batch

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
@@ -86,6 +87,25 @@ def test_one_packed_row(model: Model, flat: dict[str, Any], packed: PackedBatch,
     states = model.bert(**{name: flat[name] for name in names if name in flat})
     expected_states = model.bert.encode_packed(packed).last_hidden_state
     torch.testing.assert_close(states.last_hidden_state[0], expected_states, **CLOSE)
+
+
+@pytest.mark.parametrize("with_boundaries", [False, True])
+def test_padding_free_collator_of_hugging_face(
+    model: Model, padded: dict[str, Tensor], with_boundaries: bool
+) -> None:
+    """Hugging Face's own BERT mixes neighbours here, unless it runs a flash kernel."""
+    rows = [
+        {"input_ids": ids[: int(mask.sum())].tolist()}
+        for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+    ]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=with_boundaries)
+    batch = collator(rows, return_tensors="pt")
+    assert ("cu_seq_lens_q" in batch) is with_boundaries
+    logits = model(**batch).logits[0]
+    names = ("input_ids", "attention_mask")
+    expected = model(**{name: padded[name] for name in names}).logits
+    kept = padded["attention_mask"].bool()
+    torch.testing.assert_close(logits, expected[kept], **CLOSE)
 
 
 def test_one_row_with_shifted_positions_is_one_sequence(model: Model) -> None:

@@ -74,7 +74,7 @@ TINY_RUN: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def options(shards: Path) -> Callable[..., PretrainOptions]:
     """Makes the options of a run that takes a second."""
 

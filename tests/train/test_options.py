@@ -60,6 +60,15 @@ def test_command_line_wins_over_file_wins_over_preset(tmp_path: Path) -> None:
     assert found.masking == {"mask_ratio": 0.2, "scheme": "token"}
 
 
+def test_the_shape_of_a_preset_gives_way_to_the_user_and_to_foreign_weights() -> None:
+    assert settings().model == RECIPES["tiny"].model
+    assert settings(model={"initializer_range": 0.5}).model == (
+        dict(RECIPES["tiny"].model) | {"initializer_range": 0.5}
+    )
+    assert settings(init="folder", model={"sbo_weight": 2.0}).model == {"sbo_weight": 2.0}
+    assert settings(preset="base").model == {}
+
+
 def test_a_file_may_hold_everything(tmp_path: Path) -> None:
     config = toml(tmp_path, 'data = "d"\noutput = "o"\nallow_inexact_resume = true\n')
     found, inexact = resolve(PretrainOptions(config=config))

@@ -58,14 +58,13 @@ def stop_after(step: int) -> Callable[[Event], None]:
 
 
 @pytest.fixture(scope="module")
-def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
+def finished(
+    options: MakeOptions, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Event]]:
     """A run that nothing interrupted, and what it told."""
-    from tests.train.conftest import TINY_RUN
-
     output = tmp_path_factory.mktemp("finished") / "run"
     events: list[Event] = []
-    options = PretrainOptions(data=shards, output=output, **TINY_RUN)
-    pretrain.pretrain(options, on_event=events.append)
+    pretrain.pretrain(options(output), on_event=events.append)
     return output, events
 
 
