@@ -108,7 +108,7 @@ def _load_vocabulary(name: str) -> Any:
 
 
 def _check_name(name: str | None) -> None:
-    """Raises FileNotFoundError for what can only be a folder (no hub has such names) and is none."""
+    """Raises FileNotFoundError if `name` can only be a folder, by its form, and there is none."""
     is_path = name is not None and (name.startswith((".", os.sep)) or name.count("/") > 1)
     if is_path and not os.path.isdir(name or ""):
         raise FileNotFoundError(f"no such folder: {name}")

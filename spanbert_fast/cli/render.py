@@ -199,6 +199,7 @@ def converted(done: Conversion, as_json: bool) -> None:
             ("parameters", f"{done.num_parameters:,}"),
             ("SBO slots", done.max_span_targets),
             ("untrained heads", ", ".join(done.untrained_heads) or "none"),
+            ("missing", ", ".join(done.missing) or "nothing"),
             ("ignored", ", ".join(done.ignored) or "nothing"),
         ],
         title=f"{done.source}",

@@ -32,7 +32,9 @@ class Conversion:
     max_span_targets: int
     """K of the SBO head."""
     untrained_heads: tuple[str, ...]
-    """Heads that the source did not hold; their weights are random."""
+    """Heads that the source did not hold or lists as untrained; their weights are random."""
+    missing: tuple[str, ...]
+    """Tensors of those heads."""
     ignored: tuple[str, ...]
     """Entries of the source that a SpanBERT has no place for."""
 
@@ -109,8 +111,11 @@ def write_folder(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}"
         )
-    untrained, ignored = _fill(source, model, tensors)
-    model.config.untrained_heads = list(untrained)
+    missing, ignored = _fill(source, model, tensors)
+    untrained = _untrained_heads(source, missing, model)
+    # A head that the source lists as random is random, even though its tensors are there.
+    listed = values.get("untrained_heads", ())
+    model.config.untrained_heads = [h for h in HEADS if h in untrained or h in listed]
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}_", dir=output.parent))
     try:
@@ -128,16 +133,15 @@ def write_folder(
         output=output,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         max_span_targets=model.config.max_span_targets,
-        untrained_heads=untrained,
+        untrained_heads=tuple(model.config.untrained_heads),
+        missing=tuple(missing),
         ignored=tuple(sorted([*ignored, *skipped])),
     )
 
 
 @torch.no_grad()
-def _fill(
-    source: Path, model: Model, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Copy the tensors in; the heads that found none, and the names without a place."""
+def _fill(source: Path, model: Model, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Copy the tensors in; the model's names without a tensor, the tensors' without a place."""
     places: dict[int, list[str]] = {}
     targets = model.state_dict(keep_vars=True)
     for name, target in targets.items():
@@ -162,31 +166,22 @@ def _fill(
             if not torch.equal(value, tensors[given[0]]):
                 raise ValueError(f"{source}: {name} and {given[0]} are one tensor here, but differ")
         targets[names[0]].copy_(tensors[given[0]])
-    return _untrained_heads(source, missing, targets), ignored
+    return missing, ignored
 
 
-def _untrained_heads(
-    source: Path, missing: list[str], targets: Mapping[str, Tensor]
-) -> tuple[str, ...]:
+def _untrained_heads(source: Path, missing: list[str], model: Model) -> list[str]:
     """The heads that are missing altogether; anything else that is missing raises."""
-    untrained: list[str] = []
+    own_names = [name for name, _ in model.named_parameters()]  # what is tied stands here once
+    untrained = []
     for head in HEADS:
         prefix = _HEAD_PREFIXES[head]
-        own = {name for name in missing if name.startswith(prefix)}
-        shared = {id(target) for name, target in targets.items() if name.startswith("bert.")}
-        whole = {
-            name
-            for name, target in targets.items()
-            if name.startswith(prefix) and id(target) not in shared
-        }
-        if own and len(own) < len({id(targets[name]) for name in whole}):
-            raise ValueError(f"{source}: the {head} head is incomplete, missing {sorted(own)}")
-        if own:
-            untrained.append(head)
-        missing = [name for name in missing if name not in own]
-    if missing:
+        lost = [name for name in missing if name.startswith(prefix)]
+        if lost and len(lost) < sum(name.startswith(prefix) for name in own_names):
+            raise ValueError(f"{source}: the {head} head is incomplete, missing {', '.join(lost)}")
+        untrained += [head] if lost else []
+    if lost := [name for name in missing if not name.startswith(tuple(_HEAD_PREFIXES.values()))]:
         raise ValueError(
-            f"{source}: the encoder is incomplete, {len(missing)} tensors are missing: "
-            f"{', '.join(missing[:5])}"
+            f"{source}: the encoder is incomplete, {len(lost)} tensors are missing: "
+            f"{', '.join(lost[:5])}"
         )
-    return tuple(untrained)
+    return untrained

@@ -64,8 +64,6 @@ class PartResult(NamedTuple):
     """int64 [documents, 4]: sentences, tokens, blocks, cut sentences."""
     num_invalid: int
     """Documents with invalid UTF-8."""
-    text_bytes: int
-    """UTF-8 bytes of the sentences."""
 
 
 def engine_json(tokenizer_json: str) -> str:
@@ -189,14 +187,13 @@ def process_part(job: PartJob, encode: Callable[[list[str]], Pieces]) -> None:
     block_lengths: list[int] = []
     digests: list[bytes] = []
     tallies: list[tuple[int, int, int, int]] = []
-    num_invalid = text_bytes = 0
+    num_invalid = 0
     # The process id keeps a dying worker of a killed run from writing into the file of its heir.
     partial = job.stem.with_suffix(f".{os.getpid()}.partial")
     documents = read_documents(job.part, text_column=job.text_column, language=job.language)
     with partial.open("wb") as file:
         for batch in _batches(documents):
             sentences = [sentence for document in batch for sentence in document.sentences]
-            text_bytes += sum(len(sentence.encode()) for sentence in sentences)
             lengths = _encode_into(file, sentences, encode, job.dtype)
             place = 0
             for document in batch:
@@ -217,7 +214,6 @@ def process_part(job: PartJob, encode: Callable[[list[str]], Pieces]) -> None:
             digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
             tallies=np.array(tallies, np.int64).reshape(-1, 4),
             num_invalid=num_invalid,
-            text_bytes=text_bytes,
         )
         file.flush()
         os.fsync(file.fileno())
@@ -262,7 +258,6 @@ def read_part(stem: Path, dtype: str) -> PartResult:
             arrays["digests"],
             arrays["tallies"],
             int(arrays["num_invalid"]),
-            int(arrays["text_bytes"]),
         )
 
 

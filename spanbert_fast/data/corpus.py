@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
+from spanbert_fast.data.files import COMPRESSIONS, read_chunks, read_sample, split_lines
 from spanbert_fast.data.options import TextFormat
 from spanbert_fast.data.sentences import SAMPLE_BYTES, recognise_format, split_sentences
 
@@ -30,9 +29,7 @@ KINDS: Final[dict[str, Kind]] = {
     ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSIONS: Final = (".gz", ".zst")
 DIGEST_BYTES: Final = 16
-_CHUNK_BYTES: Final = 1 << 20
 _BLANK_LINE: Final = re.compile(rb"\n[ \t\r]*\n")
 _LINE_END: Final = re.compile(rb"\n")
 _PARAGRAPH_END: Final = re.compile(r"\n[^\S\n]*\n")
@@ -127,7 +124,7 @@ def cut_parts(
         return []
     is_lines = text_format == "lines"
     if kind == "text":
-        sample = _read_sample(path)
+        sample = read_sample(path, SAMPLE_BYTES)
         if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path} is UTF-16, must be UTF-8")
         if text_format == "auto":
@@ -177,12 +174,14 @@ def _raw_documents(part: Part, text_column: str) -> Iterator[tuple[str, bool]]:
     if part.kind == "parquet":
         yield from map(_decode, _parquet_documents(part, text_column))
     elif part.kind == "json":
-        for number, line in enumerate(_lines(_read_chunks(part)), start=1):
+        for number, line in enumerate(
+            split_lines(read_chunks(part.path, part.start, part.end)), start=1
+        ):
             if line.strip():
                 yield _json_text(line, number, part, text_column)
     elif part.is_lines:
         document: list[bytes] = []
-        for line in _lines(_read_chunks(part)):
+        for line in split_lines(read_chunks(part.path, part.start, part.end)):
             if line.strip():
                 document.append(line)
             elif document:
@@ -191,7 +190,7 @@ def _raw_documents(part: Part, text_column: str) -> Iterator[tuple[str, bool]]:
         if document:
             yield _decode(b"\n".join(document))
     else:
-        yield _decode(b"".join(_read_chunks(part)))
+        yield _decode(b"".join(read_chunks(part.path, part.start, part.end)))
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
@@ -262,63 +261,3 @@ def _cut_bytes(path: Path, boundary: re.Pattern[bytes], part_bytes: int) -> list
                 break
             cuts.append(found.end())
     return [*cuts, size]
-
-
-def _read_sample(path: Path) -> bytes:
-    sample = b""
-    whole = Part(
-        source=0, path=path, kind="text", is_lines=True, start=0, end=SAMPLE_BYTES, num_bytes=0
-    )
-    for chunk in _read_chunks(whole):
-        sample += chunk
-        if len(sample) >= SAMPLE_BYTES:
-            break
-    return sample[:SAMPLE_BYTES]
-
-
-def _read_chunks(part: Part) -> Iterator[bytes]:
-    """The bytes of a part, decompressed."""
-    with part.path.open("rb") as file:
-        if part.path.suffix == ".gz":
-            yield from _decompress(file, lambda: zlib.decompressobj(31), part.path)
-        elif part.path.suffix == ".zst":
-            make = zstandard.ZstdDecompressor().decompressobj
-            yield from _decompress(file, make, part.path)
-        else:
-            file.seek(part.start)
-            left = part.end - part.start
-            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                left -= len(chunk)
-                yield chunk
-
-
-def _decompress(file: Any, make: Callable[[], Any], path: Path) -> Iterator[bytes]:
-    """Decompressed chunks. Unlike the stream readers of the libraries, it notices a lost end."""
-    decompressor = None
-    try:
-        while data := file.read(_CHUNK_BYTES):
-            while data:
-                decompressor = decompressor or make()
-                if chunk := decompressor.decompress(data):
-                    yield chunk
-                data = b""
-                if decompressor.eof:
-                    data, decompressor = decompressor.unused_data, None
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if decompressor is not None:
-        raise ValueError(f"{path} is damaged: it ends in the middle of its compressed data")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their ends; a line may be much longer than a chunk."""
-    pending: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if others:
-            yield b"".join(pending)
-            yield from others[:-1]
-            pending = [others[-1]]
-    if any(pending):
-        yield b"".join(pending)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +21,6 @@ from spanbert_fast.data.manifest import (
     Manifest,
     ShardFile,
     describe_file,
-    read_manifest,
     sync_directory,
     write_atomically,
 )
@@ -32,6 +28,7 @@ from spanbert_fast.data.options import Note, OnEvent, Progress
 from spanbert_fast.data.options import PrepareOptions as PrepareOptions
 from spanbert_fast.data.options import PrepareSummary as PrepareSummary
 from spanbert_fast.data.pool import tokenize_parts
+from spanbert_fast.data.run_folder import finished_manifest, open_work_folder, run_settings
 from spanbert_fast.data.shard_writer import Fates, count, decide_fates, write_shards
 from spanbert_fast.data.tokenizer import (
     load_tokenizer,
@@ -41,11 +38,6 @@ from spanbert_fast.data.tokenizer import (
     word_starts,
 )
 from spanbert_fast.data.wordpiece import train_tokenizer
-
-WORK_FOLDER: Final = "unfinished"
-_RUN_NAME: Final = "run.json"
-# On these the time depends, and not the bytes.
-_FREE_OPTIONS: Final = ("input", "output", "workers", "part_megabytes")
 
 
 def prepare(options: PrepareOptions, *, on_event: OnEvent | None = None) -> PrepareSummary:
@@ -73,11 +65,11 @@ def prepare(options: PrepareOptions, *, on_event: OnEvent | None = None) -> Prep
             on_event(event)
 
     sources = [find_source(argument) for argument in options.input]
-    settings = _settings(options, sources)
+    settings = run_settings(options, sources)
     resumed = 0
-    manifest = _finished_manifest(options.output, settings)
+    manifest = finished_manifest(options.output, settings)
     if manifest is None:
-        work = _open_work_folder(options.output, settings, sources)
+        work = open_work_folder(options.output, settings, sources)
         manifest, resumed = _run(options, settings, sources, work, tell)
         shutil.rmtree(work)
     else:
@@ -91,71 +83,6 @@ def prepare(options: PrepareOptions, *, on_event: OnEvent | None = None) -> Prep
         resumed_parts=resumed,
         seconds=time.monotonic() - started,
     )
-
-
-def _settings(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
-    """Everything on which the bytes depend, in JSON's types."""
-    chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE_OPTIONS}
-    inputs = [
-        {
-            "name": source.name,
-            "weight": source.weight,
-            "files": len(source.files),
-            "bytes": sum(file.stat().st_size for file in source.files),
-        }
-        for source in sources
-    ]
-    versions = {name: version(name) for name in ("pyarrow", "sentencex", "tokenizers")}
-    return {**chosen, "inputs": inputs, "versions": versions}
-
-
-def _finished_manifest(output: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished run with the same settings; None if there is work to do."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file, must be a folder")
-    if not (output / MANIFEST_NAME).exists():
-        if output.exists() and any(output.iterdir()) and not (output / WORK_FOLDER).exists():
-            raise ValueError(f"output {output} is not empty, must be a new or an unfinished folder")
-        return None
-    manifest, _ = read_manifest(output)
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)  # Killed just after the manifest.
-    difference = _first_difference(manifest.settings, settings)
-    if difference:
-        raise ValueError(
-            f"output {output} was finished with other settings ({difference}); choose another "
-            "folder, or delete this one"
-        )
-    return manifest
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    for key in new:
-        if old.get(key) != new[key]:
-            return f"{key} was {old.get(key)!r} and is {new[key]!r}"
-    return None
-
-
-def _open_work_folder(output: Path, settings: dict[str, Any], sources: list[Source]) -> Path:
-    """The folder of the parts, checked to belong to this run."""
-    work = output / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    files = [
-        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-        for source in sources
-        for file in source.files
-    ]
-    run = {**settings, "files": files}
-    path = work / _RUN_NAME
-    if path.exists():
-        difference = _first_difference(json.loads(path.read_bytes()), run)
-        if difference:
-            raise ValueError(
-                f"output {output} holds an unfinished run with other settings ({difference}); "
-                f"delete {work} to begin anew"
-            )
-    else:
-        write_atomically(path, json.dumps(run, indent=1).encode())
-    return work
 
 
 def _run(

@@ -181,8 +181,12 @@ def _read_table(path: Path, schema: Any) -> Any:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not an Arrow IPC stream: {error}") from error
     if not table.schema.equals(schema):
-        raise ValueError(f"{path} has schema [{table.schema}], must be [{schema}]")
+        raise ValueError(f"{path} has {_columns(table.schema)}, must have {_columns(schema)}")
     return table
+
+
+def _columns(schema: Any) -> str:
+    return "columns " + ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
 def shard_schema(dtype: str) -> Any:

@@ -1,8 +1,8 @@
 """The numbers of variable-length attention, on tensors whose boundaries the host may read.
 
-Without dropout on a CPU, PyTorch's own tiled kernel runs. It knows no dropout, so the rest is
-written out: products of whole planes (one head of one sequence), a few planes at a time, so that
-their scores stay in the cache. Nothing of size length x length is kept for the backward pass.
+Without dropout and window, PyTorch's own tiled kernel runs on a CPU. It knows no dropout, so the
+rest is written out: products of whole planes (one head of one sequence), a few planes at a time,
+so that their scores stay in the cache. Nothing of size length x length is kept for backward.
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ def forward(
         for group in _groups(cu_seqlens):
             q, k, v = (_planes(rows, group) for rows in (query, key, value))
             bias = _window_bias(window, group.length, query)
-            if dropout is None and query.device.type == "cpu":
-                out, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q, k, v, attn_mask=bias, scale=scale
-                )
+            if dropout is None and bias is None and query.device.type == "cpu":
+                tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                out, log = tiled(q, k, v, scale=scale)
             else:
                 names = _plane_names(group, ids, query.shape[1])
                 out, log = _forward_planes(q, k, v, scale, bias, dropout, names)
@@ -99,20 +98,11 @@ def backward(
             inputs = (_planes(rows, group) for rows in (grad_output, query, key, value))
             above, q, k, v = inputs
             bias = _window_bias(window, group.length, query)
-            log = _planes(lse, group)
-            if dropout is None and grad_lse is None and query.device.type == "cpu":
-                results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    above,
-                    q,
-                    k,
-                    v,
-                    _planes(output, group),
-                    log,
-                    0.0,
-                    False,
-                    attn_mask=bias,
-                    scale=scale,
-                )
+            plain = dropout is None and bias is None and grad_lse is None
+            if plain and query.device.type == "cpu":
+                tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+                out, log = _planes(output, group), _planes(lse, group)
+                results = tiled(above, q, k, v, out, log, 0.0, False, scale=scale)
             else:
                 delta = (above.to(lse.dtype) * _planes(output, group)).sum(-1)
                 if grad_lse is not None:

@@ -69,7 +69,8 @@ def hidden_dropout(
     sequences, positions = token_places(cu_seqlens, x.shape[0])
     ids = sequence_ids.index_select(0, sequences)
     keep = hidden_keep_mask(positions, ids, x.shape[1], dropout_p, seed, site)
-    return torch.where(keep, x * dropout_scale(dropout_p), 0.0)
+    # As bytes: a product with them is several times faster than one with booleans, or a choice.
+    return x * keep.view(torch.uint8) * dropout_scale(dropout_p)
 
 
 def wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
-from spanbert_fast.data.tokenizer import load_tokenizer
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.train.events import Baselines, Bucket, EvaluationResult
 from spanbert_fast.train.machine import choose_device, machine_settings
@@ -18,8 +16,6 @@ from spanbert_fast.train.options import EvaluateOptions
 from spanbert_fast.train.source import Source, open_source
 
 __all__ = ["EvaluateOptions", "EvaluationResult", "evaluate", "evaluate_model"]
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 class _Scores(NamedTuple):
@@ -40,7 +36,7 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
     source = open_source(options.data)
     device = choose_device(options.device)
     model = Model.from_pretrained(options.model, dtype=torch.float32)
-    _check_vocabulary(options.model, model, source)
+    source.check_vocabulary(options.model, int(model.config.vocab_size))
     source.check_positions(int(model.config.max_position_embeddings))
     with machine_settings(options.threads):
         batches = source.evaluation_batches(
@@ -120,22 +116,6 @@ def unigram_baselines(source: Source, targets: Tensor) -> Baselines:
         majority_token=source.tokenizer.convert_ids_to_tokens(majority),
         majority_accuracy=_mean(targets == majority),
     )
-
-
-def _check_vocabulary(name: str, model: Model, source: Source) -> None:
-    size = len(source.tokenizer)
-    if int(model.config.vocab_size) < size:
-        raise ValueError(
-            f"{name} has {model.config.vocab_size} vocabulary entries, the shards need {size}"
-        )
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
-        return  # weights alone: nothing to compare with
-    if load_tokenizer(name).get_vocab() != source.tokenizer.get_vocab():
-        raise ValueError(
-            f"{name} was trained with another vocabulary than {source.path} was prepared with; "
-            f"prepare the text again with --tokenizer {name}"
-        )
 
 
 def _places(sbo_cu: Tensor) -> Tensor:

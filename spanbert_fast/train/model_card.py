@@ -10,6 +10,8 @@ from spanbert_fast.train.events import EvaluationResult
 from spanbert_fast.train.run import Run
 
 _NON_COMMERCIAL = "cc-by-nc-4.0"
+# They say something about the machine, nothing about the model.
+_PATHS = ("data", "output")
 
 
 def save_model(run: Run, evaluation: EvaluationResult | None) -> Path:
@@ -35,8 +37,9 @@ def model_card(run: Run, evaluation: EvaluationResult | None) -> str:
     """The text of a card in Hugging Face's form."""
     settings = run.settings
     licence = inherited_licence(settings.init)
+    language = settings.language or run.source.shards.manifest.settings.get("language")
     header = {
-        "language": settings.language,
+        "language": language,
         "license": licence,
         "library_name": "spanbert_fast",
         "pipeline_tag": "fill-mask",
@@ -50,12 +53,12 @@ def model_card(run: Run, evaluation: EvaluationResult | None) -> str:
         "plain transformers as `BertForMaskedLM`; `spanbert_fast.Model.from_pretrained` loads the "
         "span boundary head as well.",
         "",
-        f"- Language: {settings.language or 'not stated'}",
+        f"- Language: {language or 'not stated'}",
         f"- Licence: {_licence_note(settings.init, licence)}",
         "",
         *_section("Results on held-out blocks", _result_rows(evaluation)),
         *_section("Data", _data_rows(run)),
-        *_section("Settings", {k: v for k, v in settings.as_json().items() if k != "output"}),
+        *_section("Settings", {k: v for k, v in settings.as_json().items() if k not in _PATHS}),
         *_section("Environment", run.environment),
     ]
     return "\n".join(lines)

@@ -61,6 +61,8 @@ class PretrainOptions:
     """Largest global norm of the gradient."""
     reference_optimizer: bool | None = None
     """Decay every parameter and use epsilon 1e-8, as the released command does."""
+    unigram_bias: bool | None = None
+    """Begin with output biases at the logarithm of the token counts instead of at 0."""
     log_every: int | None = None
     """Steps between two lines of metrics."""
     eval_every: int | None = None
@@ -136,6 +138,7 @@ class Settings:
     weight_decay: float
     clip_norm: float
     reference_optimizer: bool
+    unigram_bias: bool
     log_every: int
     eval_every: int
     eval_blocks: int
@@ -167,7 +170,7 @@ class Settings:
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not (0 <= value < math.inf) or (value == 0 and name != "weight_decay"):
                 raise ValueError(f"{name} must be finite and positive, got {value}")
-        for name in ("reference_optimizer", "activation_checkpointing", "compile"):
+        for name in ("reference_optimizer", "unigram_bias", "activation_checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.warmup_steps >= self.steps:

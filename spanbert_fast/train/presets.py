@@ -32,6 +32,7 @@ class Recipe:
     eval_every: int = 5_000
     save_every: int = 5_000
     precision: str = "auto"
+    unigram_bias: bool = False
     model: Mapping[str, float] = field(default_factory=dict)
     """Fields of a model that begins with random weights."""
 
@@ -51,6 +52,7 @@ RECIPES = {
         eval_every=500,
         save_every=500,
         precision="fp32",
+        unigram_bias=True,
         model={
             "num_attention_heads": 4,
             "initializer_range": 0.06,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from spanbert_fast.config import Config
 from spanbert_fast.data.loader import Step, StepLoader
 from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.model.pretrained import Model
@@ -26,6 +24,7 @@ from spanbert_fast.train.checkpoint import (
 )
 from spanbert_fast.train.events import CheckpointRefused, Event, Notice, RunStarted
 from spanbert_fast.train.finiteness import LossScale
+from spanbert_fast.train.initial import build_model
 from spanbert_fast.train.machine import (
     autocast_dtype,
     choose_device,
@@ -208,37 +207,6 @@ def build_run(
     _write_description(run)
     emit(_started(run, found, peak))
     return run
-
-
-def build_model(settings: Settings, source: Source) -> Model:
-    """A model with random weights, or with those of `init`.
-
-    Raises:
-        ValueError: A field of the model is unknown, or the model does not fit the data.
-    """
-    known = {field.name for field in dataclasses.fields(Config)}
-    if unknown := sorted(set(settings.model) - known):
-        raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    manifest = source.shards.manifest
-    if settings.init:
-        model: Model = Model.from_pretrained(settings.init, dtype=torch.float32, **settings.model)
-        if int(model.config.vocab_size) < manifest.vocab_size:
-            raise ValueError(
-                f"{settings.init} has {model.config.vocab_size} vocabulary entries, "
-                f"the shards need {manifest.vocab_size}: prepare them with its tokenizer"
-            )
-    else:
-        fields: dict[str, Any] = {
-            "vocab_size": manifest.vocab_size,
-            "pad_token_id": manifest.special_token_ids["pad"],
-            # A position that no block reaches would keep a random vector.
-            "max_position_embeddings": manifest.seq_length,
-        }
-        model = Model(Config.preset(settings.preset, **(fields | settings.model)))
-    source.check_positions(int(model.config.max_position_embeddings))
-    if settings.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    return model
 
 
 def _check_exactness(

@@ -22,6 +22,7 @@ Split = Literal["train", "validation"]
 _EVALUATION_TOKENS = 8_192
 # Every model meets the same masks, whatever it was trained with.
 _EVALUATION_SEED = 0
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,31 @@ class Source:
             raise ValueError(
                 f"{self.path} has sequences of {length} tokens, "
                 f"the model has {max_position_embeddings} positions"
+            )
+
+    def check_vocabulary(self, name: str, vocab_size: int) -> None:
+        """Refuse a model whose ids mean other pieces than those of the shards.
+
+        Args:
+            name: Folder or hub name of the model. A folder of weights alone has only its size.
+            vocab_size: Rows of its embedding.
+
+        Raises:
+            ValueError: The vocabularies differ.
+        """
+        needed = len(self.tokenizer)
+        if vocab_size < needed:
+            raise ValueError(
+                f"{name} has {vocab_size} vocabulary entries, the shards in {self.path} need "
+                f"{needed}: prepare them with its tokenizer"
+            )
+        folder = Path(name)
+        if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+            return
+        if load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(
+                f"{name} was trained with another vocabulary than {self.path} was prepared with; "
+                f"prepare the text again with --tokenizer {name}"
             )
 
 

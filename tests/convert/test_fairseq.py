@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -33,13 +35,17 @@ def _quiet() -> None:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads without the separate process, for tests of what happens after it."""
+def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Does the work of the separate process in this one, for tests of what happens after it."""
 
     def read(path: Path, *, timeout_seconds: float) -> tuple[dict[str, Tensor], list[str]]:
         assert timeout_seconds > 0
-        content = torch.load(path, weights_only=True)
-        return content, []
+        target = tmp_path / "read.safetensors"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert unpickle.main(str(path), str(target)) == 0
+        tensors = load_file(target)
+        target.unlink()
+        return tensors, json.loads(printed.getvalue())
 
     monkeypatch.setattr(fairseq, "read_pickled_tensors", read)
     monkeypatch.setattr(huggingface, "read_pickled_tensors", read)
@@ -103,6 +109,7 @@ def stripped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+@pytest.mark.usefixtures("in_process")
 def test_layouts_give_the_same_folder(tmp_path: Path, config: Path) -> None:
     halved = {name: tensor.half() for name, tensor in original().items()}
     tied_once = {n: t for n, t in stripped(original()).items() if not n.endswith("decoder.weight")}
@@ -118,6 +125,7 @@ def test_layouts_give_the_same_folder(tmp_path: Path, config: Path) -> None:
     assert written["plain"] == written["under model"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_missing_heads_are_listed_and_other_entries_named(tmp_path: Path, config: Path) -> None:
     tensors = {n: t for n, t in original().items() if "pair_target" not in n}
     tensors["decoder.bert.pooler.dense.weight"] = torch.zeros(48, 48)
@@ -126,6 +134,8 @@ def test_missing_heads_are_listed_and_other_entries_named(tmp_path: Path, config
     )
     assert done.untrained_heads == ("sbo",)
     assert done.ignored == ("bert.pooler.dense.weight", "decoder.version")
+    assert len(done.missing) == 10
+    assert "cls.span_boundary.position_embeddings.weight" in done.missing
     assert Model.from_pretrained(tmp_path / "out").config.untrained_heads == ["sbo"]
 
 
@@ -301,6 +311,14 @@ def test_hugging_face_folder(tmp_path: Path, values: dict[str, Any], bare: bool)
     ]
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(saved["bert.embeddings.word_embeddings.weight"], word.float())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_head_listed_as_untrained_stays_so(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values | {"untrained_heads": ["mlm"]}))
+    torch.save(stripped(original()), tmp_path / "pytorch_model.bin")
+    done = convert_huggingface(tmp_path, tmp_path / "out")
+    assert done.untrained_heads == ("mlm", "sbo")
 
 
 def test_hugging_face_folder_without_weights(tmp_path: Path, config: Path) -> None:

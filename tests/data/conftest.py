@@ -16,15 +16,42 @@ from spanbert_fast.data.shards import TokenShards
 from spanbert_fast.data.tokenizer import load_tokenizer, save_tokenizer, word_starts
 from spanbert_fast.data.wordpiece import train_tokenizer
 
-WORDS = (
-    "the a river Anna walked slowly under old bridges while nobody watched clouds drift over "
-    "Berlin and every lamp unfolded yellow petals of light into unbelievably quiet streets"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "Anna",
+    "walked",
+    "slowly",
+    "under",
+    "old",
+    "bridges",
+    "while",
+    "nobody",
+    "watched",
+    "clouds",
+    "drift",
+    "over",
+    "Berlin",
+    "and",
+    "every",
+    "lamp",
+    "unfolded",
+    "yellow",
+    "petals",
+    "of",
+    "light",
+    "into",
+    "unbelievably",
+    "quiet",
+    "streets",
+]
 
 
 def sentence(generator: random.Random) -> str:
     words = generator.choices(WORDS, k=generator.randint(1, 13))
-    return " ".join(words).capitalize() + " streets."  # A last "a." would be an abbreviation.
+    text = " ".join(words)
+    return text[0].upper() + text[1:] + " streets."  # A last "a." would be an abbreviation.
 
 
 def documents(seed: int, count: int) -> list[list[str]]:

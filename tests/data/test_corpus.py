@@ -80,8 +80,8 @@ def test_cutting_into_parts_changes_nothing(tmp_path, suffix):
 def test_running_text_is_one_document_of_sentences(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text(
-        "CHAPTER I\n\n“Mr. Darcy is here,” said\nMrs. Bennet. It cost him $5.30, i.e. too much! He\n"
-        "was gone by then.\n \nA new paragraph, about\n  nothing at all. Truly."
+        "CHAPTER I\n\n“Mr. Darcy is here,” said\nMrs. Bennet. It cost him $5.30, i.e. too much!\n"
+        "He was gone by then.\n \nA new paragraph, about\n  nothing at all. Truly."
     )
     parts, found = read(path)
     assert not parts[0].is_lines
@@ -227,5 +227,5 @@ def test_sources(tmp_path):
                 find_source(argument)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_text("x")
-    with pytest.raises(ValueError, match="has no file that ends in .txt"):
+    with pytest.raises(ValueError, match=r"has no file that ends in .txt"):
         find_source(str(tmp_path / "pictures"))

@@ -8,10 +8,19 @@ import torch
 
 from spanbert_fast.data.loader import StepLoader, evaluation_batches
 
-TENSORS = (
-    "input_ids position_ids token_type_ids cu_seqlens sequence_ids "
-    "mlm_positions mlm_labels sbo_left sbo_right sbo_cu sbo_targets"
-).split()
+TENSORS = [
+    "input_ids",
+    "position_ids",
+    "token_type_ids",
+    "cu_seqlens",
+    "sequence_ids",
+    "mlm_positions",
+    "mlm_labels",
+    "sbo_left",
+    "sbo_right",
+    "sbo_cu",
+    "sbo_targets",
+]
 
 
 def steps(shards, masker, count, **changes):

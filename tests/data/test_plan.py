@@ -85,7 +85,10 @@ def test_golden_order():
     # Resume and published runs depend on it: it may not change.
     lengths = (np.arange(40) % 7 + 1).astype(np.int32)
     plan = make_plan(lengths, seed=5, epoch=2, tokens=40, manifest_hash="golden")
-    assert [plan.batch(index).tolist() for index in range(2)] == [[20, 34, 27, 13], [24, 31, 38, 3, 10, 18]]
+    assert [plan.batch(index).tolist() for index in range(2)] == [
+        [20, 34, 27, 13],
+        [24, 31, 38, 3, 10, 18],
+    ]
 
 
 @settings(max_examples=100, deadline=None)

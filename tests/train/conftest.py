@@ -64,7 +64,9 @@ TINY_RUN: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
     "language": "en",
+    "unigram_bias": False,
     "model": {
+        "initializer_range": 0.02,
         "hidden_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,

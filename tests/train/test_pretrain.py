@@ -440,6 +440,19 @@ def test_a_run_continues_from_a_bert_folder(
     assert "stay CC-BY-NC 4.0" in card
 
 
+def test_foreign_weights_of_another_vocabulary_are_refused(
+    options: MakeOptions, bert_folder: Path, tmp_path: Path, shards: Path
+) -> None:
+    words = sorted(sf_tokenizer(shards).get_vocab().items(), key=lambda item: -item[1])
+    (bert_folder / "tokenizer.json").unlink()
+    (bert_folder / "vocab.txt").write_text("\n".join(word for word, _ in words) + "\n")
+    with (
+        pytest.warns(UserWarning, match="no complete SBO head"),
+        pytest.raises(ValueError, match="another vocabulary"),
+    ):
+        pretrain.pretrain(options(tmp_path / "run", init=str(bert_folder), model={}))
+
+
 def test_a_card_hands_the_licence_on(tmp_path: Path) -> None:
     from spanbert_fast.train.model_card import inherited_licence
 
@@ -448,3 +461,20 @@ def test_a_card_hands_the_licence_on(tmp_path: Path) -> None:
     assert inherited_licence(None) is None
     assert inherited_licence("SpanBERT/spanbert-base-cased") == "cc-by-nc-4.0"
     assert inherited_licence("google-bert/bert-base-cased") == "other"
+
+
+def test_output_biases_may_begin_at_the_unigram_law(options: MakeOptions, tmp_path: Path) -> None:
+    given = options(tmp_path, unigram_bias=True, steps=2, warmup_steps=1, learning_rate=1e-12)
+    summary = pretrain.pretrain(given)
+    plain = pretrain.pretrain(
+        options(
+            tmp_path / "plain", unigram_bias=False, steps=2, warmup_steps=1, learning_rate=1e-12
+        )
+    )
+    assert summary.evaluation is not None
+    assert plain.evaluation is not None
+    baseline = summary.evaluation.baselines.unigram_cross_entropy
+    assert summary.evaluation.mlm_loss == pytest.approx(baseline, abs=0.1)
+    assert summary.evaluation.sbo_loss == pytest.approx(baseline, abs=0.2)
+    vocabulary = sf.Config.from_pretrained(plain.model).vocab_size
+    assert plain.evaluation.mlm_loss == pytest.approx(math.log(vocabulary), abs=0.1)

@@ -1,0 +1,51 @@
+"""The model that a run begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from spanbert_fast.config import Config
+from spanbert_fast.model.pretrained import Model
+from spanbert_fast.train.options import Settings
+from spanbert_fast.train.source import Source
+
+
+def build_model(settings: Settings, source: Source) -> Model:
+    """A model with random weights, or with those of `init`.
+
+    Raises:
+        ValueError: A field of the model is unknown, or the model does not fit the data.
+    """
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(set(settings.model) - known):
+        raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    manifest = source.shards.manifest
+    if settings.init:
+        model: Model = Model.from_pretrained(settings.init, dtype=torch.float32, **settings.model)
+        source.check_vocabulary(settings.init, int(model.config.vocab_size))
+    else:
+        fields: dict[str, Any] = {
+            "vocab_size": manifest.vocab_size,
+            "pad_token_id": manifest.special_token_ids["pad"],
+            # A position that no block reaches would keep a random vector.
+            "max_position_embeddings": manifest.seq_length,
+        }
+        model = Model(Config.preset(settings.preset, **(fields | settings.model)))
+        if settings.unigram_bias:
+            _start_from_unigram_law(model, source)
+    source.check_positions(int(model.config.max_position_embeddings))
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+@torch.no_grad()
+def _start_from_unigram_law(model: Model, source: Source) -> None:
+    """Give both heads the counts, so that no step and no vector is spent on learning them."""
+    counts = source.token_counts().double() + 1
+    law = (counts / counts.sum()).log()
+    for bias in (model.cls.predictions.bias, model.cls.span_boundary.bias):
+        bias[: len(law)] = law

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import documents
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from spanbert_fast.data.tokenizer import (
+    is_cased,
+    load_tokenizer,
+    save_tokenizer,
+    special_token_ids,
+    tokenizer_hash,
+    word_starts,
+)
+from spanbert_fast.data.wordpiece import train_tokenizer
+
+TEXT = "Anna walked under Berlin's bridges"
+
+
+def test_a_trained_tokenizer_is_cased_wherever_it_is_loaded(tokenizer_folder):
+    names = sorted(path.name for path in tokenizer_folder.iterdir())
+    assert names == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    config = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    assert config["do_lower_case"] is False
+    ours, auto = load_tokenizer(tokenizer_folder), AutoTokenizer.from_pretrained(tokenizer_folder)
+    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert ours(TEXT).input_ids == auto(TEXT).input_ids == raw.encode(TEXT).ids
+    assert "Anna" in ours.tokenize(TEXT)
+    assert special_token_ids(ours) == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    entries = (tokenizer_folder / "vocab.txt").read_text().splitlines()
+    assert [ours.convert_tokens_to_ids(entry) for entry in entries] == list(range(len(ours)))
+
+
+def test_training_gives_the_same_bytes_every_time(tmp_path):
+    # The trainer of `tokenizers` alone does not: it numbers pieces in the order of a hash map,
+    # whose order is another in each call.
+    texts = [line for text in documents(5, 400) for line in text]
+    for name in "abcdef":
+        save_tokenizer(train_tokenizer(texts, 150), tmp_path / name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abcdef"}) == 1
+
+
+def test_training_checks_its_arguments():
+    with pytest.raises(ValueError, match="vocab_size is 20, must be at least"):
+        train_tokenizer(["Many letters make a large alphabet."], 20)
+    with pytest.raises(ValueError, match="the text to train a tokenizer on is empty"):
+        train_tokenizer([" ", ""], 100)
+
+
+def test_every_character_of_the_corpus_is_known():
+    tokenizer = train_tokenizer(["Zażółć gęślą jaźń.", "naïve café 北京, e\u0301!"], 200)
+    for word in ("jaźń", "gęślą", "naïve", "北", "e\u0301"):
+        assert tokenizer.unk_token not in tokenizer.tokenize(word)
+    assert not [entry for entry in tokenizer.get_vocab() if entry in ("##.", "##,", "##!")]
+
+
+def test_a_vocabulary_alone_is_enough(tmp_path, tokenizer_folder):
+    shutil.copy(tokenizer_folder / "vocab.txt", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(tokenizer_folder))
+    entries = (tmp_path / "vocab.txt").read_text().lower().splitlines()
+    small = [e.upper() if e.startswith("[") else e for e in dict.fromkeys(entries)]
+    (tmp_path / "vocab.txt").write_text("\n".join(small) + "\n")
+    assert load_tokenizer(tmp_path).tokenize("Anna") == load_tokenizer(tmp_path).tokenize("anna")
+
+
+def test_a_tokenizer_file_alone_is_enough(tmp_path, tokenizer_folder):
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.tokenize(TEXT) == load_tokenizer(tokenizer_folder).tokenize(TEXT)
+    assert special_token_ids(tokenizer)["mask"] == 4
+
+
+def test_lower_casing_a_cased_vocabulary_is_refused(tmp_path, tokenizer_folder):
+    for name in ("tokenizer.json", "vocab.txt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(tokenizer_folder / name, folder)
+        config = folder / "tokenizer_config.json"
+        config.write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+        with pytest.raises(ValueError, match='"do_lower_case": false} into its tokenizer_config'):
+            load_tokenizer(folder)
+        config.write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": false}')
+        assert "Anna" in load_tokenizer(folder).tokenize(TEXT)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer.json nor vocab.txt"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_tokenizer(tmp_path / "nothing")
+
+
+def make_fast(model, pre_tokenizer, decoder, **specials):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+
+
+def test_word_starts_of_every_family(tokenizer_folder):
+    wordpiece = load_tokenizer(tokenizer_folder)
+    starts = word_starts(wordpiece)
+    assert starts.shape == (len(wordpiece),)
+    for token, index in wordpiece.get_vocab().items():
+        assert starts[index] == (not token.startswith("##"))
+    ids = wordpiece(TEXT, add_special_tokens=False).input_ids
+    assert starts[ids].sum() == 7  # Five words, and the apostrophe and the s stand alone.
+
+    vocabulary = {"<s>": 0, "Ġriver": 1, "s": 2, "Ċ": 3, "river": 4, "Ġ": 5, "</s>": 6}
+    byte_level = make_fast(
+        models.BPE(vocab=vocabulary, merges=[]),
+        pre_tokenizers.ByteLevel(),
+        decoders.ByteLevel(),
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    assert word_starts(byte_level).tolist() == [True, True, False, True, False, True, True]
+
+    pieces = [("<unk>", 0.0), ("▁river", -1.0), ("s", -2.0), ("▁", -3.0)]
+    sentence_piece = make_fast(
+        models.Unigram(pieces, 0),
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+        unk_token="<unk>",
+    )
+    assert word_starts(sentence_piece).tolist() == [True, True, False, True]
+
+    words = make_fast(
+        models.WordLevel({"river": 0, "[UNK]": 1}, "[UNK]"),
+        pre_tokenizers.Whitespace(),
+        decoders.Fuse(),
+    )
+    with pytest.raises(ValueError, match=r"word starts? .*type WordLevel|cannot tell where words"):
+        word_starts(words)
+    with pytest.raises(ValueError, match="has no pad, unk, cls, sep, mask token"):
+        special_token_ids(words)
+
+
+def test_saving_depends_on_the_tokenizer_only(tmp_path, tokenizer_folder):
+    for name in ("a", "b"):
+        source = tmp_path / f"source_{name}"
+        shutil.copytree(tokenizer_folder, source)
+        save_tokenizer(load_tokenizer(source), tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        assert str(tmp_path) not in path.read_text()
+
+
+def test_the_hash_tells_tokenizers_apart(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    before = tokenizer_hash(tokenizer)
+    tokenizer(TEXT, truncation=True, max_length=4)
+    assert tokenizer_hash(tokenizer) == before
+    other = train_tokenizer((line for text in documents(9, 100) for line in text), 190)
+    assert tokenizer_hash(other) != before
+
+
+def test_cased_vocabularies_are_recognised():
+    assert is_cased(["[CLS]", "Anna", "river"])
+    assert not is_cased(["[CLS]", "[unused1]", "<S>", "anna", "river"])
+    assert not is_cased(["[CLS]"])
