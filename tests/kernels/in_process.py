@@ -29,7 +29,7 @@ def run_tests(name: str, selected: str, *, timeout: int = 280) -> None:
     """
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     environment.pop("TRITON_INTERPRET", None)
-    if name == "in_interpreter":
+    if name.endswith("in_interpreter"):
         environment["TRITON_INTERPRET"] = "1"
     paths = [ROOT / "tests", ROOT, SIMULATOR, environment.get("PYTHONPATH", "")]
     path = os.pathsep.join(str(each) for each in paths if str(each))

@@ -89,7 +89,8 @@ def attention_backward_query(
     if DROPOUT:
         seed = tl.load(seed_ptr)
         plane = plane_counter(ids_ptr, sequence, head, num_heads)
-        kept_scale = keep_scale(threshold)
+        # Scores' gradients are formed without the factor of what is kept and get it in the end.
+        delta /= keep_scale(threshold)
     grad_query = tl.zeros((BLOCK_Q, HEAD_SIZE), tl.float32)
     for first_key in range(begin, end, BLOCK_K):
         keys = first_key + columns
@@ -103,14 +104,17 @@ def attention_backward_query(
         grad_weights = tl.dot(grad_output, value, input_precision="ieee")
         if DROPOUT:
             keep = keep_tile(seed, first_key, queries, plane, site, threshold, BLOCK_Q, BLOCK_K)
-            grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
+            grad_weights = tl.where(keep, grad_weights, 0.0)
         grad_scores = weights * (grad_weights - delta[:, None])
         grad_query = tl.dot(
             grad_scores.to(key.dtype), tl.trans(key), grad_query, input_precision="ieee"
         )
         key_rows += BLOCK_K * key_token_stride
         value_rows += BLOCK_K * value_token_stride
-    grad_query = (grad_query * scale).to(grad_query_ptr.dtype.element_ty)
+    factor = scale
+    if DROPOUT:
+        factor *= keep_scale(threshold)
+    grad_query = (grad_query * factor).to(grad_query_ptr.dtype.element_ty)
     tl.store(grad_query_ptr + output_rows, grad_query, mask=mask)
 
 
@@ -167,7 +171,6 @@ def attention_backward_key_value(
     key = tl.load(key_ptr + rows, mask=mask, other=0.0)
     rows = tokens * value_token_stride + head * value_head_stride + elements[None, :]
     value = tl.load(value_ptr + rows, mask=mask, other=0.0)
-    output_rows = tokens * output_token_stride + head * output_head_stride + elements[None, :]
     begin, end = seen_range(first, length, window, BLOCK_K, BLOCK_Q, HAS_WINDOW)
     lines = tl.arange(0, BLOCK_Q)
     tokens = (start + begin + lines)[:, None]
@@ -181,6 +184,7 @@ def attention_backward_key_value(
         seed = tl.load(seed_ptr)
         plane = plane_counter(ids_ptr, sequence, head, num_heads)
         kept_scale = keep_scale(threshold)
+        kept_part = 1.0 / kept_scale
     grad_key = tl.zeros((BLOCK_K, HEAD_SIZE), tl.float32)
     grad_value = tl.zeros((BLOCK_K, HEAD_SIZE), tl.float32)
     for first_query in range(begin, end, BLOCK_Q):
@@ -200,7 +204,8 @@ def attention_backward_key_value(
         if DROPOUT:
             keep = keep_tile(seed, first, queries, plane, site, threshold, BLOCK_Q, BLOCK_K)
             applied = tl.where(keep, weights, 0.0)
-            grad_weights = tl.where(keep, grad_weights * kept_scale, 0.0)
+            delta *= kept_part
+            grad_weights = tl.where(keep, grad_weights, 0.0)
         grad_value = tl.dot(
             tl.trans(applied.to(query.dtype)), grad_output, grad_value, input_precision="ieee"
         )
@@ -208,8 +213,12 @@ def attention_backward_key_value(
         grad_key = tl.dot(tl.trans(grad_scores), query, grad_key, input_precision="ieee")
         query_rows += BLOCK_Q * query_token_stride
         above_rows += BLOCK_Q * grad_output_token_stride
+    factor = scale
     if DROPOUT:
         grad_value *= kept_scale
-    grad_key = (grad_key * scale).to(grad_key_ptr.dtype.element_ty)
+        factor *= kept_scale
+    tokens = (start + keys)[:, None]
+    output_rows = tokens * output_token_stride + head * output_head_stride + elements[None, :]
+    grad_key = (grad_key * factor).to(grad_key_ptr.dtype.element_ty)
     tl.store(grad_key_ptr + output_rows, grad_key, mask=mask)
     tl.store(grad_value_ptr + output_rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=mask)

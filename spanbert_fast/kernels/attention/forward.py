@@ -94,6 +94,9 @@ def attention_forward(
         output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
         key_rows += BLOCK_K * key_token_stride
         value_rows += BLOCK_K * value_token_stride
+    if HAS_WINDOW:
+        # Rows past the end may have seen no key; they are not stored.
+        total = tl.where(queries < length, total, 1.0)
     factor = 1.0 / total
     if DROPOUT:
         factor *= keep_scale(threshold)

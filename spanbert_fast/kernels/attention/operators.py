@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from spanbert_fast.kernels.attention.backward import (
     attention_backward_key_value,
     attention_backward_query,
 )
+from spanbert_fast.kernels.attention.flops import backward_flops, forward_flops
 from spanbert_fast.kernels.attention.forward import attention_forward
 from spanbert_fast.kernels.attention.settings import Pass, Settings, launch_settings
 from spanbert_fast.kernels.common import (
@@ -328,3 +330,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+register_flop_formula(torch.ops.spanbert_fast.triton_varlen_attention, get_raw=True)(forward_flops)
+register_flop_formula(torch.ops.spanbert_fast.triton_varlen_attention_backward, get_raw=True)(
+    backward_flops
+)

@@ -8,8 +8,8 @@ import torch
 
 Pass = Literal["forward", "backward_query", "backward_key_value"]
 
-LENGTH_BUCKETS = (64, 128)
-"""Longest sequences up to which a smaller tile wins; the last bucket has no end."""
+SHORT = 128
+"""Batches whose longest sequence is at most this form the short bucket."""
 
 
 class Settings(NamedTuple):
@@ -19,6 +19,49 @@ class Settings(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+
+# Every row compiles without a spill, which a test repeats; the reasons say why not another.
+_WIDE = Settings(128, 64, 8, 2)
+_TABLE: dict[tuple[Pass, int, bool, bool], Settings] = {
+    # (kernel, generation, head size 128, dropout)
+    # mma.sync keeps both operands in registers: 128 x 128 spills under dropout, and 4 warps too.
+    ("forward", 80, False, False): Settings(128, 64, 8, 3),
+    ("forward", 80, False, True): Settings(128, 64, 8, 3),
+    ("forward", 80, True, False): Settings(128, 32, 8, 2),
+    ("forward", 80, True, True): Settings(128, 32, 8, 2),
+    # A thread holds rows of the query, of its gradient and of the output's: 64 keys would spill.
+    ("backward_query", 80, False, False): Settings(128, 32, 8, 2),
+    ("backward_query", 80, False, True): Settings(128, 32, 8, 2),
+    ("backward_query", 80, True, False): Settings(64, 32, 4, 2),
+    ("backward_query", 80, True, True): Settings(64, 32, 4, 2),
+    # Key and value of the block stay in registers, shared by 8 warps of queries.
+    ("backward_key_value", 80, False, False): _WIDE,
+    ("backward_key_value", 80, False, True): _WIDE,
+    ("backward_key_value", 80, True, False): Settings(64, 64, 8, 2),
+    ("backward_key_value", 80, True, True): Settings(64, 64, 8, 2),
+    # wgmma reads operands from shared memory, so there is room for a square tile.
+    ("forward", 90, False, False): Settings(128, 128, 8, 2),
+    ("forward", 90, False, True): Settings(128, 128, 8, 2),
+    ("forward", 90, True, False): _WIDE,
+    ("forward", 90, True, True): _WIDE,
+    ("backward_query", 90, False, False): _WIDE,
+    ("backward_query", 90, False, True): _WIDE,
+    ("backward_query", 90, True, False): _WIDE,
+    ("backward_query", 90, True, True): _WIDE,
+    # A second stage of 128-wide heads would take 180 KB; 128 x 128 or 64 x 128 spills.
+    ("backward_key_value", 90, False, False): _WIDE,
+    ("backward_key_value", 90, False, True): _WIDE,
+    ("backward_key_value", 90, True, False): Settings(128, 64, 8, 1),
+    ("backward_key_value", 90, True, True): Settings(128, 64, 8, 1),
+}
+_SHORT_TABLE: dict[tuple[Pass, int], Settings] = {
+    # Half of a tile of 128 would be padding, and more programs fill the GPU.
+    ("forward", 80): Settings(64, 64, 4, 3),
+    ("forward", 90): Settings(64, 64, 4, 3),
+    ("backward_query", 90): Settings(64, 64, 4, 2),
+    ("backward_key_value", 90): Settings(64, 64, 4, 2),
+}
 
 
 def launch_settings(
@@ -40,20 +83,14 @@ def launch_settings(
         has_dropout: Whether probabilities are dropped.
     """
     if dtype == torch.float32:
-        # No tensor core multiplies float32 exactly, and both operands are twice as wide.
+        # No tensor core multiplies float32 exactly, and operands are twice as wide.
         return Settings(32, 32, 4, 1)
-    if max_seqlen <= LENGTH_BUCKETS[0]:
-        return Settings(*_SHORT[head_size == 128, which])
-    generation = 90 if 90 <= arch < 100 else 80
-    return Settings(*_LONG[generation, head_size == 128, which, has_dropout])
-
-
-_SHORT = {
-    (False, "forward"): (64, 64, 4, 3),
-    (False, "backward_query"): (64, 32, 4, 2),
-    (False, "backward_key_value"): (32, 64, 4, 2),
-    (True, "forward"): (64, 64, 4, 2),
-    (True, "backward_query"): (64, 32, 4, 2),
-    (True, "backward_key_value"): (32, 32, 4, 2),
-}
-_LONG: dict = {(g, big, w, d): _SHORT[big, w] for g in (80, 90) for big in (False, True) for w in ("forward", "backward_query", "backward_key_value") for d in (False, True)}
+    if 100 <= arch < 120:
+        # tcgen05 takes 64 or 128 rows; a thread holds a row, of which it can keep 32 columns.
+        is_deep = which != "backward_query" and head_size == 128
+        return Settings(128, 64, 8, 1) if is_deep else _WIDE
+    # Later ones without tcgen05 and earlier ones without wgmma have mma.sync alone.
+    generation = 90 if arch == 90 else 80
+    if max_seqlen <= SHORT and head_size <= 64 and (which, generation) in _SHORT_TABLE:
+        return _SHORT_TABLE[which, generation]
+    return _TABLE[which, generation, head_size == 128, has_dropout]
