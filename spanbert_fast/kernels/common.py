@@ -1,11 +1,11 @@
 """What all kernels share: random words, launch conventions, the dtypes they take.
 
 Conventions of this room. An operator is a `torch.library.custom_op` that allocates its results and
-launches inside `launch_on`; it reads nothing on the host but shapes and Python numbers. Every launch
-names `num_warps`, `num_stages` and `enable_fp_fusion` (Triton's default for the last is about to
-change, and with it the numbers). Arguments that differ from batch to batch stand in `COUNTS`, so
-that no value of theirs compiles another variant; strides do not, because their divisibility by 16
-is what allows 16-byte loads. Offsets of rows are int64.
+launches inside `launch_on`; it reads nothing on the host but shapes and Python numbers. Every
+launch names `num_warps`, `num_stages` and `enable_fp_fusion` (Triton's default for the last is
+about to change, and with it the numbers). Arguments that differ from batch to batch stand in
+`COUNTS`, so that no value of theirs compiles another variant; strides do not, because their
+divisibility by 16 is what allows 16-byte loads. Offsets of rows are int64.
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ def _all_kernels(rows: list[torch.Tensor]) -> list[torch.Tensor]:
     }
     strides = operators._strides(query=query, key=key, value=value, output=output)
     kernels = operators
-    kernels._launch(
-        kernels.attention_forward, "forward", output_ptr=output, **shared, **strides
-    )
+    kernels._launch(kernels.attention_forward, "forward", output_ptr=output, **shared, **strides)
     strides |= operators._strides(grad_output=above)
     shared |= {"grad_output_ptr": above, "delta_ptr": delta, **strides}
     kernels._launch(

@@ -71,7 +71,7 @@ def test_compiled(case: Case, target: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(reports) == 3
     assert_obeys_rule(case, ours)
     if case.dtype is not SINGLE:
-        assert all(report.totals.mma_flops for report in reports)
+        assert all(report.totals["mma_flops"] for report in reports)
     reverse, _ = simulate(case, target, "reverse", monkeypatch)
     for result, other in zip(ours, reverse, strict=True):
         assert torch.equal(result, other), "another order of programs gives other bits"

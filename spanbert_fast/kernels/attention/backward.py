@@ -1,7 +1,7 @@
 """The backward kernels: one sums over keys, one over queries, so neither needs an atomic.
 
-Seven products instead of the five of a single kernel, for gradients that are the same in every run.
-The first kernel also writes `delta`, the sum of output * its gradient over a head, less the gradient
+Seven products instead of the five of a single kernel, for gradients that are equal in every run.
+The first kernel also writes `delta`, the sum of output * its gradient over a head less the gradient
 of the log-sum-exp; the second reads it.
 """
 
@@ -221,4 +221,6 @@ def attention_backward_key_value(
     output_rows = tokens * output_token_stride + head * output_head_stride + elements[None, :]
     grad_key = (grad_key * factor).to(grad_key_ptr.dtype.element_ty)
     tl.store(grad_key_ptr + output_rows, grad_key, mask=mask)
-    tl.store(grad_value_ptr + output_rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        grad_value_ptr + output_rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=mask
+    )

@@ -1,4 +1,4 @@
-"""How many floating point operations attention is: what the mathematics needs, for FLOP counters."""
+"""How many floating point operations the mathematics of attention needs, for FLOP counters."""
 
 from __future__ import annotations
 

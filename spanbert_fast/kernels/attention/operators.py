@@ -107,7 +107,17 @@ def varlen_attention_with_lse(
     if threshold == 0:
         seed = sequence_ids = None
     output, lse = _forward_op(
-        query, key, value, cu_seqlens, max_seqlen, scale, window, threshold, seed, sequence_ids, site
+        query,
+        key,
+        value,
+        cu_seqlens,
+        max_seqlen,
+        scale,
+        window,
+        threshold,
+        seed,
+        sequence_ids,
+        site,
     )
     return AttentionResult(output, lse.t())
 

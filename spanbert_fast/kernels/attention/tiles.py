@@ -65,13 +65,13 @@ def keep_tile(
     """
     # Axes: query, block of 32 keys, word, thread, half. No `tl.join` and no `tl.permute`: Triton
     # takes a join before a product for unpacked 4-bit numbers and lays its operand out for those.
-    counters = first_key // 8 + tl.reshape(
-        tl.arange(0, BLOCK_K // 8), (1, BLOCK_K // 32, 1, 4, 1)
-    )
+    counters = first_key // 8 + tl.reshape(tl.arange(0, BLOCK_K // 8), (1, BLOCK_K // 32, 1, 4, 1))
     rows = tl.reshape(queries, (BLOCK_Q, 1, 1, 1, 1))
     word0, word1, word2, word3 = philox4x32(seed, counters, rows, plane, site)
     number = tl.reshape(tl.arange(0, 4), (1, 1, 4, 1, 1))
-    word = tl.where(number < 2, tl.where(number == 0, word0, word1), tl.where(number == 2, word2, word3))
+    word = tl.where(
+        number < 2, tl.where(number == 0, word0, word1), tl.where(number == 2, word2, word3)
+    )
     half = tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 2))
     lanes = tl.reshape(tl.where(half == 0, word << 16, word), (BLOCK_Q, BLOCK_K))
     return lanes >= threshold.to(tl.uint32) << 16
