@@ -53,15 +53,25 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
-def _tiles(sm: int, dtype: torch.dtype) -> _Tiles:
-    """Launch settings of all products.
+def _logit_tiles(sm: int, dtype: torch.dtype) -> _Tiles:
+    """Launch settings of the kernels that reduce logits as soon as they are formed.
 
     | tile | reason |
     | --- | --- |
-    | 16 bit, sm_90 up: 128 x 128 x 64, 8 warps, 3 stages | two warp groups of `wgmma`, 96 KiB |
+    | 16 bit, sm_100 up: 128 x 64 x 64, 8 warps, 3 stages | with 128 columns 77 spills |
+    | 16 bit, sm_90: 128 x 128 x 64, 8 warps, 3 stages | two warp groups of `wgmma`, 96 KiB |
     | 16 bit, below: 128 x 128 x 32, 8 warps, 4 stages | `mma` with 64 sums a thread, 64 KiB |
-    | float32: 64 x 64 x 32, 4 warps, 2 stages | exact products take no tensor core |
+    | float32: 64 x 32 x 32, 4 warps, 2 stages | exact products take no tensor core |
     """
+    if dtype is torch.float32:
+        return _Tiles(64, 32, 32, num_warps=4, num_stages=2)
+    if sm >= 100:
+        return _Tiles(128, 64, 64, num_warps=8, num_stages=3)
+    return _product_tiles(sm, dtype)
+
+
+def _product_tiles(sm: int, dtype: torch.dtype) -> _Tiles:
+    """Launch settings of the products of slopes; the reasons are those of `_logit_tiles`."""
     if dtype is torch.float32:
         return _Tiles(64, 64, 32, num_warps=4, num_stages=2)
     if sm >= 90:
@@ -119,7 +129,7 @@ class _Problem(NamedTuple):
     total: Tensor | None
     """Sum of the class weights, if labels are smoothed."""
     settings: dict[str, Any]
-    """Arguments that all products share."""
+    """Arguments of the kernels that form logits."""
     num_mlm_blocks: int
     num_row_blocks: int
 
@@ -134,17 +144,27 @@ def _problem(
     class_weight: Tensor | None,
     label_smoothing: float,
 ) -> _Problem:
-    num_rows, num_classes = rows.shape[0], weight.shape[0]
-    tiles = _tiles(architecture(rows.device), rows.dtype)
+    num_classes = weight.shape[0]
+    tiles = _logit_tiles(architecture(rows.device), rows.dtype)
     biases = torch.stack([mlm_bias.float(), sbo_bias.float()])
     total = None
     if class_weight is not None:
         class_weight = class_weight.to(torch.float32).contiguous()
     if label_smoothing:
         total = biases.new_full((), num_classes) if class_weight is None else class_weight.sum()
+    settings = _settings(tiles, rows, num_classes)
+    num_mlm_blocks = triton.cdiv(num_mlm, tiles.rows)
+    num_row_blocks = num_mlm_blocks + triton.cdiv(rows.shape[0] - num_mlm, tiles.rows)
+    matrix = weight.to(rows.dtype).contiguous()
+    operands = (rows.contiguous(), matrix, biases, targets.contiguous(), class_weight)
+    return _Problem(tiles, operands, total, settings, num_mlm_blocks, num_row_blocks)
+
+
+def _settings(tiles: _Tiles, rows: Tensor, num_classes: int) -> dict[str, Any]:
+    """The arguments that all products share."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    settings = {
-        "num_rows": num_rows,
+    return {
+        "num_rows": rows.shape[0],
         "num_classes": num_classes,
         "SIZE": rows.shape[1],
         "ROWS": tiles.rows,
@@ -155,11 +175,6 @@ def _problem(
         "num_stages": tiles.num_stages,
         "enable_fp_fusion": True,
     }
-    num_mlm_blocks = triton.cdiv(num_mlm, tiles.rows)
-    num_row_blocks = num_mlm_blocks + triton.cdiv(num_rows - num_mlm, tiles.rows)
-    matrix = weight.to(rows.dtype).contiguous()
-    operands = (rows.contiguous(), matrix, biases, targets.contiguous(), class_weight)
-    return _Problem(tiles, operands, total, settings, num_mlm_blocks, num_row_blocks)
 
 
 @torch.library.custom_op("spanbert_fast_triton::linear_cross_entropy", mutates_args=())
@@ -242,8 +257,11 @@ def _backward_op(
     problem = _problem(
         rows, weight, mlm_bias, sbo_bias, num_mlm, targets, class_weight, label_smoothing
     )
-    (num_rows, size), num_classes, tiles = rows.shape, weight.shape[0], problem.tiles
-    pitch = _chunk_size(num_rows, num_classes, rows.element_size(), tiles.columns)
+    (num_rows, size), num_classes = rows.shape, weight.shape[0]
+    tiles = _product_tiles(architecture(rows.device), rows.dtype)
+    products = _settings(tiles, rows, num_classes)
+    # Both kinds of tiles divide a chunk.
+    pitch = _chunk_size(num_rows, num_classes, rows.element_size(), tiles.rows)
     slope = rows.new_empty((num_rows, pitch))
     drows = rows.new_zeros((num_rows, size), dtype=torch.float32)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -252,8 +270,9 @@ def _backward_op(
     size_blocks = triton.cdiv(size, tiles.columns)
     with launch_on(rows):
         for first in range(0, num_classes, pitch):
-            chunk = {**problem.settings, "first_class": first, "pitch": pitch}
-            slope_of_logits[(problem.num_row_blocks * (pitch // tiles.columns),)](
+            chunk = {"first_class": first, "slope_stride": pitch}
+            num_blocks = problem.num_row_blocks * (pitch // problem.tiles.columns)
+            slope_of_logits[(num_blocks,)](
                 *problem.operands,
                 problem.total,
                 lse,
@@ -265,13 +284,14 @@ def _backward_op(
                 ignore_index=ignore_index,
                 smoothing=label_smoothing,
                 SMOOTH=label_smoothing > 0.0,
+                **problem.settings,
                 **chunk,
             )
             gradient_of_rows[(triton.cdiv(num_rows, tiles.rows), size_blocks)](
-                slope, matrix, drows, ADD=first > 0, **chunk
+                slope, matrix, drows, ADD=first > 0, **products, **chunk
             )
             gradient_of_weight[(triton.cdiv(pitch, tiles.rows), size_blocks)](
-                slope, matrix_rows, dweight, **chunk
+                slope, matrix_rows, dweight, **products, **chunk
             )
     split = problem.num_mlm_blocks
     return drows.to(rows.dtype), dweight, torch.stack([dbias[:split].sum(0), dbias[split:].sum(0)])

@@ -225,7 +225,7 @@ def slope_of_logits(
     num_classes,
     num_row_blocks,
     first_class,
-    pitch,
+    slope_stride,
     ignore_index,
     smoothing,
     SMOOTH: tl.constexpr,
@@ -235,7 +235,7 @@ def slope_of_logits(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Slope of the loss in each logit of a chunk of the vocabulary: [rows, pitch].
+    """Slope of the loss in each logit of a chunk of the vocabulary: [rows, slope_stride].
 
     Also the sums over each block of rows, for the biases: [blocks, classes], float32.
     """
@@ -284,9 +284,11 @@ def slope_of_logits(
     is_counted = is_row & (targets != ignore_index)
     slope = tl.where(is_counted[:, None] & is_class[None, :], slope, 0.0)
     # Past the vocabulary the chunk is filled with zeros, so that products need not look.
-    out = slope_ptr + rows[:, None] * pitch + place[None, :]
+    out = slope_ptr + rows[:, None] * slope_stride + place[None, :]
     tl.store(
-        out, slope.to(slope_ptr.dtype.element_ty), mask=is_row[:, None] & (place < pitch)[None, :]
+        out,
+        slope.to(slope_ptr.dtype.element_ty),
+        mask=is_row[:, None] & (place < slope_stride)[None, :],
     )
     sums = dbias_ptr + block.to(tl.int64) * num_classes + classes
     tl.store(sums, tl.sum(slope, axis=0), mask=is_class)
@@ -300,7 +302,7 @@ def gradient_of_rows(
     num_rows,
     num_classes,
     first_class,
-    pitch,
+    slope_stride,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -313,12 +315,12 @@ def gradient_of_rows(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = rows < num_rows, columns < SIZE
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, pitch, INNER):
+    for start in range(0, slope_stride, INNER):
         place = start + tl.arange(0, INNER)
         classes = (first_class + place).to(tl.int64)
         left = tl.load(
-            slope_ptr + rows[:, None] * pitch + place[None, :],
-            mask=is_row[:, None] & (place < pitch)[None, :],
+            slope_ptr + rows[:, None] * slope_stride + place[None, :],
+            mask=is_row[:, None] & (place < slope_stride)[None, :],
             other=0.0,
         )
         right = tl.load(
@@ -342,7 +344,7 @@ def gradient_of_weight(
     num_rows,
     num_classes,
     first_class,
-    pitch,
+    slope_stride,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -358,8 +360,8 @@ def gradient_of_weight(
         rows = (start + tl.arange(0, INNER)).to(tl.int64)
         is_row = rows < num_rows
         left = tl.load(
-            slope_ptr + rows[None, :] * pitch + place[:, None],
-            mask=(place < pitch)[:, None] & is_row[None, :],
+            slope_ptr + rows[None, :] * slope_stride + place[:, None],
+            mask=(place < slope_stride)[:, None] & is_row[None, :],
             other=0.0,
         )
         right = tl.load(
@@ -370,5 +372,5 @@ def gradient_of_weight(
         total = tl.dot(left, right, total, input_precision=PRECISION)
     classes = (first_class + place).to(tl.int64)
     out = dweight_ptr + classes[:, None] * SIZE + columns[None, :]
-    mask = ((place < pitch) & (classes < num_classes))[:, None] & is_column[None, :]
+    mask = ((place < slope_stride) & (classes < num_classes))[:, None] & is_column[None, :]
     tl.store(out, total.to(dweight_ptr.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""Product with the vocabulary and cross-entropy: the twin against its reference, interpreted and compiled."""
+"""Cross-entropy over the vocabulary: the twin against its reference, interpreted and compiled."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ OP = "cross_entropy"
 
 
 def test_twin_in_the_interpreter() -> None:
-    run_tests("in_interpreter", f"{OP} or correct or tie or vocabulary or autocast or flops")
+    run_tests("rows_in_interpreter", f"{OP} or correct or tie or vocabulary or autocast or flops")
 
 
 @needs_simulator
 def test_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and short")
+    run_tests("rows_in_simulator", f"{OP} and short")
 
 
 @needs_simulator
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sweep_of_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and sweep", timeout=3600)
+    run_tests("rows_in_simulator", f"{OP} and sweep", timeout=3600)

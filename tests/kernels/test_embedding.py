@@ -10,16 +10,16 @@ OP = "bert_embedding"
 
 
 def test_twin_in_the_interpreter() -> None:
-    run_tests("in_interpreter", f"{OP} and not opcheck")
+    run_tests("rows_in_interpreter", f"{OP} and not opcheck")
 
 
 @needs_simulator
 def test_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and short")
+    run_tests("rows_in_simulator", f"{OP} and short")
 
 
 @needs_simulator
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sweep_of_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and sweep", timeout=3600)
+    run_tests("rows_in_simulator", f"{OP} and sweep", timeout=3600)

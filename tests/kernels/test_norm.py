@@ -10,16 +10,16 @@ OP = "dropout_add_layer_norm"
 
 
 def test_twin_in_the_interpreter() -> None:
-    run_tests("in_interpreter", f"{OP} or norm_and_embedding or eps or its_arguments")
+    run_tests("rows_in_interpreter", f"{OP} or norm_and_embedding or eps or its_arguments")
 
 
 @needs_simulator
 def test_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and short")
+    run_tests("rows_in_simulator", f"{OP} and short")
 
 
 @needs_simulator
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sweep_of_compiled_kernels() -> None:
-    run_tests("in_simulator", f"{OP} and sweep", timeout=3600)
+    run_tests("rows_in_simulator", f"{OP} and sweep", timeout=3600)

@@ -19,7 +19,6 @@ OUTPUTS = {"out_ptr", "dx_ptr", "dresidual_ptr", "dtotal_ptr", "dspan_ptr", "slo
     "partial_ptr",
     "loss_ptr",
     "correct_ptr",
-    "dbias_ptr",
 }
 # They fill in those rows of zeros that have a key.
 SPARSE = ("_sum_windows", "_join_windows")
