@@ -124,7 +124,7 @@ class _Problem(NamedTuple):
     """One call as the kernels take it."""
 
     tiles: _Tiles
-    operands: tuple[Tensor, ...]
+    operands: tuple[Tensor | None, ...]
     """rows, matrix, both biases [2, V], targets, class weights or None."""
     total: Tensor | None
     """Sum of the class weights, if labels are smoothed."""
@@ -309,9 +309,9 @@ def _(
 
 def _chunk_size(num_rows: int, num_classes: int, itemsize: int, block: int) -> int:
     """Classes of a chunk: as many blocks as `_SLOPE_BYTES` hold, in chunks of equal size."""
-    num_blocks = triton.cdiv(num_classes, block)
+    num_blocks = -(-num_classes // block)
     most = max(_SLOPE_BYTES // max(num_rows * itemsize * block, 1), 1)
-    return triton.cdiv(num_blocks, triton.cdiv(num_blocks, most)) * block
+    return -(-num_blocks // -(-num_blocks // most)) * block
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
