@@ -45,6 +45,7 @@ class Variant(NamedTuple):
             self.head_size,
             self.max_seqlen,
             self.has_dropout,
+            self.has_window,
         )
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from spanbert_fast.kernels.attention.tiles import (
+    in_window,
     keep_tile,
     keys_of_columns,
     place,
@@ -196,7 +197,7 @@ def attention_backward_key_value(
         delta = tl.load(delta_ptr + places + queries, mask=is_query, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_WINDOW:
-            visible = visible_tile(queries[:, None], keys[None, :], length, window, HAS_WINDOW)
+            visible = in_window(queries[:, None], keys[None, :], window)
             scores = tl.where(visible, scores, float("-inf"))
         weights = tl.math.exp2(scores * log2_scale - lse[:, None] * 1.4426950408889634)
         grad_weights = tl.dot(grad_output, tl.trans(value), input_precision="ieee")

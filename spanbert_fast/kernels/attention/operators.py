@@ -180,7 +180,7 @@ def _launch(
     num_sequences = cu_seqlens.shape[0] - 1
     arch = architecture(query.device)
     settings: Settings = launch_settings(
-        which, arch, query.dtype, head_size, max_seqlen, threshold > 0
+        which, arch, query.dtype, head_size, max_seqlen, threshold > 0, window is not None
     )
     block = settings.block_k if which == "backward_key_value" else settings.block_q
     num_blocks = triton.cdiv(max_seqlen, block)
@@ -197,7 +197,8 @@ def _launch(
             num_heads=num_heads,
             num_blocks=num_blocks,
             scale=scale,
-            window=0 if window is None else window,
+            # A wider one sees no more, and might leave int32.
+            window=0 if window is None else min(window, max_seqlen),
             threshold=threshold,
             site=site,
             HEAD_SIZE=head_size,

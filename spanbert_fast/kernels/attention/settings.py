@@ -23,6 +23,7 @@ class Settings(NamedTuple):
 
 # Every row compiles without a spill, which a test repeats; the reasons say why not another.
 _WIDE = Settings(128, 64, 8, 2)
+_WIDE_UNSTAGED = Settings(128, 64, 8, 1)
 _TABLE: dict[tuple[Pass, int, bool, bool], Settings] = {
     # (kernel, generation, head size 128, dropout)
     # mma.sync keeps both operands in registers: 128 x 128 spills under dropout, and 4 warps too.
@@ -49,11 +50,11 @@ _TABLE: dict[tuple[Pass, int, bool, bool], Settings] = {
     ("backward_query", 90, False, True): _WIDE,
     ("backward_query", 90, True, False): _WIDE,
     ("backward_query", 90, True, True): _WIDE,
-    # A second stage of 128-wide heads would take 180 KB; 128 x 128 or 64 x 128 spills.
+    # Square tiles spill, and so would a second stage of 128-wide heads.
     ("backward_key_value", 90, False, False): _WIDE,
     ("backward_key_value", 90, False, True): _WIDE,
-    ("backward_key_value", 90, True, False): Settings(128, 64, 8, 1),
-    ("backward_key_value", 90, True, True): Settings(128, 64, 8, 1),
+    ("backward_key_value", 90, True, False): _WIDE_UNSTAGED,
+    ("backward_key_value", 90, True, True): _WIDE_UNSTAGED,
 }
 _SHORT_TABLE: dict[tuple[Pass, int], Settings] = {
     # Half of a tile of 128 would be padding, and more programs fill the GPU.
@@ -71,6 +72,7 @@ def launch_settings(
     head_size: int,
     max_seqlen: int,
     has_dropout: bool,
+    has_window: bool,
 ) -> Settings:
     """The settings of a kernel.
 
@@ -81,16 +83,21 @@ def launch_settings(
         head_size: 32, 64 or 128.
         max_seqlen: At least the length of the longest sequence; only its bucket matters.
         has_dropout: Whether probabilities are dropped.
+        has_window: Whether a query sees only keys nearby.
     """
     if dtype == torch.float32:
         # No tensor core multiplies float32 exactly, and operands are twice as wide.
         return Settings(32, 32, 4, 1)
     if 100 <= arch < 120:
         # tcgen05 takes 64 or 128 rows; a thread holds a row, of which it can keep 32 columns.
-        is_deep = which != "backward_query" and head_size == 128
-        return Settings(128, 64, 8, 1) if is_deep else _WIDE
+        # With two stages of 128-wide heads, addresses alone would make it spill.
+        return _WIDE_UNSTAGED if head_size == 128 else _WIDE
     # Later ones without tcgen05 and earlier ones without wgmma have mma.sync alone.
     generation = 90 if arch == 90 else 80
     if max_seqlen <= SHORT and head_size <= 64 and (which, generation) in _SHORT_TABLE:
         return _SHORT_TABLE[which, generation]
+    if has_window and (which, generation, head_size) == ("backward_key_value", 80, 64):
+        # The comparisons of a window need registers: those of the second stage's addresses or,
+        # without dropout, where that is not enough, those of half a tile.
+        return _WIDE_UNSTAGED if has_dropout else Settings(64, 32, 4, 2)
     return _TABLE[which, generation, head_size == 128, has_dropout]

@@ -78,11 +78,18 @@ def keep_tile(
 
 
 @triton.jit
+def in_window(queries, keys, window):
+    """Which keys are at most `window` away: bool, in the shape the first two broadcast to."""
+    # One comparison for both sides: a negative number is a large unsigned one.
+    return (queries + window - keys).to(tl.uint32) <= 2 * window
+
+
+@triton.jit
 def visible_tile(queries, keys, length, window, HAS_WINDOW: tl.constexpr):
     """Which keys a query sees: bool, in the shape that `queries` and `keys` broadcast to."""
     visible = keys < length
     if HAS_WINDOW:
-        visible = visible & (tl.abs(queries - keys) <= window)
+        visible = visible & in_window(queries, keys, window)
     return visible
 
 
