@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -119,7 +120,9 @@ def test_files_and_lines_stay_within_the_style_card() -> None:
         lines = path.read_text().splitlines()
         limit = 450 if "kernels" in path.parts else 300
         assert len(lines) <= limit, f"{path.name} has {len(lines)} lines, allowed are {limit}"
-        long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
+        # As ruff does, a remark for a tool at the end of a line is not counted.
+        code = [re.sub(r"  # (type: ignore|noqa).*", "", line) for line in lines]
+        long = [number for number, line in enumerate(code, 1) if len(line) > 100]
         assert not long, f"{path.name} has lines over 100 characters: {long}"
 
 
