@@ -73,7 +73,7 @@ class PretrainOptions:
     keep_checkpoints: int | None = None
     """Checkpoints kept; 2 unless given."""
     threads: int | None = None
-    """CPU threads; as many as torch takes by itself unless given."""
+    """CPU threads; as many as torch takes by itself, but 1 for tiny, unless given."""
     device: Device | None = None
     """Where the model runs; auto: CUDA if there is one."""
     precision: Precision | None = None
@@ -263,7 +263,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     if not chosen.get("init"):  # foreign weights bring their own configuration
         chosen["model"] = recipe["model"] | chosen["model"]
     values = _DEFAULTS | recipe | chosen
-    if "threads" not in values:
+    if values["threads"] is None:
         import torch  # heavy, and the command line reads this file for its help
 
         values["threads"] = torch.get_num_threads()
