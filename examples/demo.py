@@ -40,8 +40,8 @@ def main() -> int:
     try:
         title("1. Text to token shards")
         spanbert_fast("prepare", "--input", shorten(TEXT), "--text-column", "text",
-                      "--output", data, "--train-tokenizer", "--vocab-size", "6000",
-                      "--seq-length", "128", "--validation-permille", "60")  # fmt: skip
+                      "--output", data, "--train-tokenizer", "--vocab-size", "4000",
+                      "--seq-length", "64", "--validation-permille", "50")  # fmt: skip
         title("2. Pre-train a small SpanBERT")
         steps = ["--steps", options.steps] if options.steps else []
         spanbert_fast("pretrain", "--data", data, "--output", run, "--preset", "tiny", *steps)

@@ -108,7 +108,7 @@ def _result_rows(evaluation: EvaluationResult | None) -> dict[str, Any]:
 def _data_rows(run: Run) -> dict[str, Any]:
     manifest = run.source.shards.manifest
     return {
-        "manifest SHA-256": run.source.shards.manifest_hash,
+        "shards SHA-256": run.source.shards.manifest_hash,
         "tokenizer SHA-256": manifest.tokenizer_sha256,
         "vocabulary": manifest.vocab_size,
         "sequence length": manifest.seq_length,

@@ -120,7 +120,7 @@ def test_model_loads_here_and_in_plain_transformers(finished: tuple[Path, list[E
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlanguage: en\nlibrary_name: spanbert_fast\n")
     assert "license" not in card.partition("---\n\n")[0]
-    assert "manifest SHA-256" in card
+    assert "shards SHA-256" in card
     assert "unigram law on the same targets" in card
 
 
