@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TEXT = HERE / "state_of_the_union.jsonl.zst"
 SENTENCES = (
-    "The state of our [MASK] is strong.",
-    "I ask the [MASK] to pass this legislation this year.",
+    "Members of the [MASK]: I am happy to report to you.",
+    "Tonight I ask [MASK] to work with me.",
     "We must work together to keep the peace of the [MASK] [MASK].",
 )
 # What the issue of a demo is: a model that has learned more than how often each token occurs.
