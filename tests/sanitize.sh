@@ -23,7 +23,7 @@ run() { # name, sanitizers, runtimes to preload
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 TSAN_OPTIONS=halt_on_error=1 \
     setarch -R bash -euc "
       '$python' -P -c 'import spanbert_fast._core as c; assert c.__file__.startswith(\"$build\")'
-      '$python' -P -m pytest -q -p no:cacheprovider -k 'not equals_the_twin' tests/test_core.py \
+      '$python' -P -m pytest -q -p no:cacheprovider tests/test_core.py \
         tests/data/test_masking.py tests/data/test_masking_behaviour.py \
         tests/data/test_masking_errors.py"
 }
