@@ -12,7 +12,7 @@ demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
 
 test: lint .real_weights
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -31,6 +31,9 @@ format: $(VENV)/development
 wheel: $(VENV)/runtime
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
+
+sanitize: $(VENV)/development
+	tests/sanitize.sh $(BIN)/python
 
 kill-test: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest -m slow --timeout=3600

@@ -1,7 +1,8 @@
 """Tokens per second of span masking through the Python API, on 510-token blocks of realistic words.
 
-Every figure is one call on a batch of 256 blocks; `tokens_per_second` comes from the fastest round, because
-other work on the machine can only slow a round down. Run with `pytest benchmarks/bench_span_masker.py`.
+Every figure is one call on a batch of 256 blocks; `tokens_per_second` comes from the fastest
+round, because other work on the machine can only slow a round down.
+Run with `pytest benchmarks/bench_span_masker.py`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ SPANBERT_FAST_INLINE std::exception_ptr assemble_rows(const SpanMasker& masker,
                                                       std::size_t end,
                                                       MaskedTargets& targets) noexcept try {
   SequenceMasker engine(masker, epoch, targets);
+  engine.expect(rows.cu[end] - rows.cu[begin], end - begin);
   for (std::size_t index = begin; index < end; ++index) {
     const std::int64_t first = rows.cu[index];
     const std::int64_t last = rows.cu[index + 1] - 1;

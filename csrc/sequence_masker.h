@@ -34,6 +34,12 @@ class SequenceMasker {
   SequenceMasker(const SpanMasker& masker, std::uint32_t epoch, MaskedTargets& targets)
       : masker_(masker), options_(masker.options()), epoch_(epoch), targets_(targets) {}
 
+  // Makes room for the targets of num_sequences sequences of one block each; more may come.
+  void expect(std::int64_t num_tokens, std::size_t num_sequences) {
+    const double masked = options_.mask_ratio * static_cast<double>(num_tokens);
+    targets_.reserve(static_cast<std::int64_t>(masked) + static_cast<std::int64_t>(num_sequences));
+  }
+
   // Copies the sequence to its place, masked, and appends its targets.
   template <typename Token, typename Out>
   SPANBERT_FAST_INLINE void mask(const Sequence<Token, Out>& sequence) {

@@ -1,5 +1,6 @@
 #include "span_masker.h"
 
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@ std::exception_ptr mask_sequences(const SpanMasker& masker, const PackedInput& i
                                   std::uint32_t epoch, std::size_t begin, std::size_t end,
                                   std::int32_t* out, MaskedTargets& targets) noexcept try {
   SequenceMasker engine(masker, epoch, targets);
+  engine.expect(input.cu[end] - input.cu[begin], end - begin);
   auto tagged = std::lower_bound(
       input.tagged.begin(), input.tagged.end(), begin < end ? input.cu[begin] : 0,
       [](const TaggedSpan& span, std::int32_t position) { return span.begin < position; });
@@ -36,18 +38,12 @@ std::exception_ptr mask_sequences(const SpanMasker& masker, const PackedInput& i
   return std::current_exception();
 }
 
-}  // namespace
-
-void MaskedTargets::append(const MaskedTargets& next) {
-  const auto rows = static_cast<std::int32_t>(sbo_targets.size());
-  mlm_positions.append(next.mlm_positions);
-  mlm_labels.append(next.mlm_labels);
-  sbo_left.append(next.sbo_left);
-  sbo_right.append(next.sbo_right);
-  sbo_targets.append(next.sbo_targets);
-  std::int32_t* const ends = sbo_ends.extend(next.sbo_ends.size());
-  for (std::int64_t i = 0; i < next.sbo_ends.size(); ++i) ends[i] = rows + next.sbo_ends.data()[i];
+template <typename T>
+void copy_all(const Buffer<T>& source, T* target) {
+  std::copy_n(source.data(), source.size(), target);
 }
+
+}  // namespace
 
 SpanMasker::SpanMasker(std::vector<std::uint8_t> token_flags,
                        std::vector<std::int32_t> replacement_ids, MaskerOptions options)
@@ -150,8 +146,38 @@ std::vector<std::size_t> split_evenly(std::span<const std::int32_t> cu, std::siz
 }
 
 MaskedTargets concatenate(std::vector<MaskedTargets>& parts) {
-  for (std::size_t part = 1; part < parts.size(); ++part) parts[0].append(parts[part]);
-  return std::move(parts[0]);
+  if (parts.size() == 1) return std::move(parts[0]);
+  // Number of items, and where those of each part begin.
+  struct Sizes {
+    std::int64_t labels = 0, spans = 0, rows = 0;
+  } total;
+  std::vector<Sizes> begins;
+  for (const MaskedTargets& part : parts) {
+    begins.push_back(total);
+    total.labels += part.mlm_labels.size();
+    total.spans += part.sbo_ends.size();
+    total.rows += part.sbo_targets.size();
+  }
+  MaskedTargets whole;
+  std::int64_t* const positions = whole.mlm_positions.extend(total.labels);
+  std::int64_t* const labels = whole.mlm_labels.extend(total.labels);
+  std::int64_t* const left = whole.sbo_left.extend(total.spans);
+  std::int64_t* const right = whole.sbo_right.extend(total.spans);
+  std::int32_t* const ends = whole.sbo_ends.extend(total.spans);
+  std::int64_t* const rows = whole.sbo_targets.extend(total.rows);
+  run_parallel(parts.size(), [&](std::size_t index) {
+    const MaskedTargets part = std::move(parts[index]);
+    const Sizes begin = begins[index];
+    copy_all(part.mlm_positions, positions + begin.labels);
+    copy_all(part.mlm_labels, labels + begin.labels);
+    copy_all(part.sbo_left, left + begin.spans);
+    copy_all(part.sbo_right, right + begin.spans);
+    copy_all(part.sbo_targets, rows + begin.rows);
+    std::transform(part.sbo_ends.data(), part.sbo_ends.data() + part.sbo_ends.size(),
+                   ends + begin.spans,
+                   [&](std::int32_t end) { return static_cast<std::int32_t>(begin.rows) + end; });
+  });
+  return whole;
 }
 
 }  // namespace spanbert_fast

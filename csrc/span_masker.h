@@ -65,8 +65,9 @@ class Buffer {
     return added;
   }
   void push(T value) { *extend(1) = value; }
-  void append(const Buffer& other) {
-    std::copy_n(other.data(), other.size(), extend(other.size()));
+  // Room for count more items; memory that is never written costs nothing.
+  void reserve(std::int64_t count) {
+    if (size_ + count > capacity_) grow(size_ + count);
   }
   [[nodiscard]] const T* data() const { return data_.get(); }
   [[nodiscard]] std::int64_t size() const { return size_; }
@@ -95,8 +96,12 @@ struct MaskedTargets {
   Buffer<std::int32_t> sbo_ends;  // end of each span's rows in sbo_targets
   Buffer<std::int64_t> sbo_targets;
 
-  // Adds what stands behind this one in the packed batch.
-  void append(const MaskedTargets& next);
+  // Room for what so many masked tokens bring: growing step by step would move everything twice.
+  void reserve(std::int64_t num_masked) {
+    mlm_positions.reserve(num_masked);
+    mlm_labels.reserve(num_masked);
+    sbo_targets.reserve(num_masked);
+  }
 };
 
 // Half-open [begin, end) of packed positions.
@@ -122,7 +127,7 @@ void check_spans(std::span<const TaggedSpan> spans, std::size_t num_tokens);
 // many tokens.
 std::vector<std::size_t> split_evenly(std::span<const std::int32_t> cu, std::size_t num_parts);
 
-// All parts in one; there must be a first.
+// All parts in one, each copied by a thread of its own; there must be a first.
 MaskedTargets concatenate(std::vector<MaskedTargets>& parts);
 
 // Immutable after construction, so any number of threads may mask with one.

@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TEXT = HERE / "state_of_the_union.jsonl.zst"
 SENTENCES = (
-    "The state of our [MASK] is strong.",
-    "I ask the [MASK] to pass this legislation this year.",
+    "Members of the [MASK]: I am happy to report to you.",
+    "Tonight I ask [MASK] to work with me.",
     "We must work together to keep the peace of the [MASK] [MASK].",
 )
 # What the issue of a demo is: a model that has learned more than how often each token occurs.
@@ -40,8 +40,8 @@ def main() -> int:
     try:
         title("1. Text to token shards")
         spanbert_fast("prepare", "--input", shorten(TEXT), "--text-column", "text",
-                      "--output", data, "--train-tokenizer", "--vocab-size", "6000",
-                      "--seq-length", "128", "--validation-permille", "60")  # fmt: skip
+                      "--output", data, "--train-tokenizer", "--vocab-size", "4000",
+                      "--seq-length", "64", "--validation-permille", "50")  # fmt: skip
         title("2. Pre-train a small SpanBERT")
         steps = ["--steps", options.steps] if options.steps else []
         spanbert_fast("pretrain", "--data", data, "--output", run, "--preset", "tiny", *steps)

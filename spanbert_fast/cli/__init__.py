@@ -23,14 +23,14 @@ DEBUG_VARIABLE = "SPANBERT_FAST_DEBUG"
 _USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 
-def _run_prepare(options: Any, as_json: bool) -> int:
+def _run_prepare(options: Any, _as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.cli.progress import PrepareView
     from spanbert_fast.data.prepare import prepare
 
     with PrepareView() as view:
         summary = prepare(options, on_event=view)
-    render.prepared(summary, as_json)
+    render.prepared(summary)
     return 0
 
 

@@ -163,18 +163,16 @@ def quality(result: EvaluationResult) -> None:
     table(console, ("", "targets", "loss", "accuracy"), rows, title=title, numbers=3)
 
 
-def prepared(summary: PrepareSummary, as_json: bool) -> None:
+def prepared(summary: PrepareSummary) -> None:
     """The closing line of `prepare`, and where the shards are."""
-    if as_json:
-        print_json(summary)
-        return
     console = new_console()
     console.print(Text(summary.closing_line()), soft_wrap=True)
     rows = [
         (name, *(f"{getattr(tally, column):,}" for column in _TALLY))
         for name, tally in vars(summary.counts).items()
     ]
-    table(console, ("", *_TALLY), rows, numbers=len(_TALLY))
+    columns = ("", *(name.replace("_", " ") for name in _TALLY))
+    table(console, columns, rows, numbers=len(_TALLY))
     facts(
         console,
         [

@@ -110,14 +110,23 @@ class Manifest:
         """Every file that has a checksum."""
         return (*self.train, *self.validation, self.unigram_counts, *self.tokenizer)
 
+    def content_hash(self) -> str:
+        """sha256 that names the content: the checksums, and not where the text came from.
+
+        The same text prepared in another place, or named in another way, is the same content.
+        """
+        files = [(file.name, file.sha256, file.rows) for file in self.all_files()]
+        content = [self.seq_length, self.vocab_size, self.dtype, self.tokenizer_sha256, files]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, str]:
-    """The manifest of a folder of shards, and the sha256 of the file.
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a folder of shards.
 
     Raises:
         ValueError: the folder holds no (complete) manifest of this format.
@@ -140,7 +149,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
         manifest = Manifest(counts=Counts(**counts), **content)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} is not a manifest of token shards: {error}") from error
-    return manifest, hashlib.sha256(text).hexdigest()
+    return manifest
 
 
 def describe_file(directory: Path, name: str, *, rows: int = 0, tokens: int = 0) -> ShardFile:

@@ -96,17 +96,7 @@ def _run(
     parts, inputs = _find_parts(options, sources, tell)
     tokenizer = _find_tokenizer(options, parts, work, tell)
     dtype: Literal["uint16", "int32"] = "uint16" if len(tokenizer) <= 65_536 else "int32"
-    jobs = [
-        PartJob(
-            part=part,
-            stem=work / f"{index:06d}",
-            dtype=dtype,
-            block_length=options.block_length,
-            text_column=options.text_column,
-            language=options.language,
-        )
-        for index, part in enumerate(parts)
-    ]
+    jobs = _make_jobs(options, parts, work, dtype)
     engine_used, resumed = tokenize_parts(
         jobs,
         engine_json(tokenizer.backend_tokenizer.to_str()),
@@ -141,12 +131,32 @@ def _run(
         unigram_counts=unigram_counts,
         tokenizer=_publish_tokenizer(options.output, work),
     )
+    _publish_manifest(options, manifest, tell)
+    return manifest, resumed
+
+
+def _make_jobs(options: PrepareOptions, parts: list[Part], work: Path, dtype: str) -> list[PartJob]:
+    return [
+        PartJob(
+            part=part,
+            stem=work / f"{index:06d}",
+            dtype=dtype,
+            block_length=options.block_length,
+            text_column=options.text_column,
+            language=options.language,
+        )
+        for index, part in enumerate(parts)
+    ]
+
+
+def _publish_manifest(options: PrepareOptions, manifest: Manifest, tell: OnEvent) -> None:
+    """Writes the manifest, which completes the folder."""
+    counts = manifest.counts
     for split, tally in (("training", counts.train), ("validation", counts.validation)):
         if not tally.blocks and (split == "training" or options.validation_permille):
             tell(Note(text=f"the {split} split is empty, see validation_permille"))
     sync_directory(options.output)
     write_atomically(options.output / MANIFEST_NAME, manifest.to_json().encode())
-    return manifest, resumed
 
 
 def _find_parts(

@@ -48,7 +48,7 @@ def finished_manifest(output: Path, settings: dict[str, Any]) -> Manifest | None
         if output.exists() and any(output.iterdir()) and not (output / WORK_FOLDER).exists():
             raise ValueError(f"output {output} is not empty, must be a new or an unfinished folder")
         return None
-    manifest, _ = read_manifest(output)
+    manifest = read_manifest(output)
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)  # Killed just after the manifest.
     difference = _first_difference(manifest.settings, settings)
     if difference:

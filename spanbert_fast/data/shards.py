@@ -43,7 +43,7 @@ class TokenShards:
     directory: Path
     manifest: Manifest
     manifest_hash: str
-    """sha256 of the manifest, which holds a checksum of everything else."""
+    """`Manifest.content_hash`: equal for equal shards, wherever their text was found."""
     _segments: dict[str, list[Rows]]
     """Per split, the mapped record batches in order."""
     _starts: dict[str, Int64s]
@@ -62,7 +62,7 @@ class TokenShards:
             ValueError: something is missing or wrong; the message names the file.
         """
         directory = Path(directory)
-        manifest, manifest_hash = read_manifest(directory)
+        manifest = read_manifest(directory)
         for file in manifest.all_files():
             _check_file(directory, file, verify=verify)
         segments: dict[str, list[Rows]] = {}
@@ -80,7 +80,7 @@ class TokenShards:
                 raise ValueError(
                     f"{directory} holds {found} blocks of split {split}, manifest counts {counted}"
                 )
-        return cls(directory, manifest, manifest_hash, segments, starts)
+        return cls(directory, manifest, manifest.content_hash(), segments, starts)
 
     @property
     def tokenizer_directory(self) -> Path:

@@ -60,7 +60,8 @@ def _load_folder(folder: Path) -> Any:
     if (folder / "tokenizer.json").is_file():
         if config:
             return AutoTokenizer.from_pretrained(folder)
-        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))  # type: ignore[no-untyped-call]
+        make: Any = PreTrainedTokenizerFast  # Its constructor is not annotated.
+        tokenizer = make(tokenizer_file=str(folder / "tokenizer.json"))
         vocabulary = tokenizer.get_vocab()
         for role, spellings in _SPELLINGS.items():
             for spelling in spellings:

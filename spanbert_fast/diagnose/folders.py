@@ -134,7 +134,7 @@ def _check_shards(path: Path) -> list[Check]:
         return [whole]
     # Opening stops at the first fault; whoever has to repair wants all of them.
     checks = [whole]
-    for file in read_manifest(path)[0].all_files() if _is_readable(path) else ():
+    for file in read_manifest(path).all_files() if _is_readable(path) else ():
 
         def compare(name: str = file.name, digest: str = file.sha256) -> str:
             if describe_file(path, name).sha256 != digest:
@@ -202,7 +202,7 @@ def _check_model(path: Path) -> list[Check]:
 
 
 def _describe_shards(path: Path) -> dict[str, dict[str, Any]]:
-    manifest, digest = read_manifest(path)
+    manifest = read_manifest(path)
     files = [*manifest.train, *manifest.validation]
     sections: dict[str, dict[str, Any]] = {
         "shards": {
@@ -211,7 +211,7 @@ def _describe_shards(path: Path) -> dict[str, dict[str, Any]]:
             "ids stored as": manifest.dtype,
             "files": f"{len(files)}, {sum(file.bytes for file in files):,} bytes",
             "tokenizer": path / TOKENIZER_FOLDER,
-            "manifest sha256": digest,
+            "content sha256": manifest.content_hash(),
         }
     }
     for name in ("train", "validation"):

@@ -81,7 +81,7 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
         detail = check()
     except ValueError as error:
         return Check(name, False, str(error))
-    except Exception as error:  # noqa: BLE001  (whatever goes wrong is what a self-test is to report)
+    except Exception as error:  # noqa: BLE001  (it is what a self-test reports)
         return Check(name, False, f"{type(error).__name__}: {error}")
     return Check(name, True, f"{detail} ({time.perf_counter() - start:.2f} s)")
 

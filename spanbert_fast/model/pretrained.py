@@ -61,7 +61,8 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
         self.cls.predictions.bias = new_embeddings.bias
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings: nn.Embedding = super()._resize_token_embeddings(*args, **kwargs)  # type: ignore[no-untyped-call]
+        resize: Any = super()._resize_token_embeddings
+        embeddings: nn.Embedding = resize(*args, **kwargs)
         old = self.cls.span_boundary.bias
         added = embeddings.weight.shape[0] - old.shape[0]
         if added:

@@ -48,6 +48,9 @@ def find_runs(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], li
             past = next((i for i in range(first, len(ids)) if ids[i] != mask), len(ids))
             offsets = encoded["offset_mapping"][index]
             start, end = offsets[first][0], offsets[past - 1][1]
+            # Some tokenizers count the spaces around a mask token as part of it.
+            run = texts[index][start:end]
+            start, end = end - len(run.lstrip()), start + len(run.rstrip())
             runs.append(MaskRun(index, start, end, len(runs), index, first, past - first))
     return sequences, runs
 

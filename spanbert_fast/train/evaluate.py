@@ -11,7 +11,7 @@ from torch import Tensor
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.train.events import Baselines, Bucket, EvaluationResult
-from spanbert_fast.train.machine import choose_device, machine_settings
+from spanbert_fast.train.machine import choose_device, machine_settings, without_progress_bars
 from spanbert_fast.train.options import EvaluateOptions
 from spanbert_fast.train.source import Source, open_source
 
@@ -35,7 +35,8 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
     """
     source = open_source(options.data)
     device = choose_device(options.device)
-    model = Model.from_pretrained(options.model, dtype=torch.float32)
+    with without_progress_bars():
+        model = Model.from_pretrained(options.model, dtype=torch.float32)
     source.check_vocabulary(options.model, int(model.config.vocab_size))
     source.check_positions(int(model.config.max_position_embeddings))
     with machine_settings(options.threads):

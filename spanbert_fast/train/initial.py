@@ -9,6 +9,7 @@ import torch
 
 from spanbert_fast.config import Config
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.train.machine import without_progress_bars
 from spanbert_fast.train.options import Settings
 from spanbert_fast.train.source import Source
 
@@ -24,7 +25,10 @@ def build_model(settings: Settings, source: Source) -> Model:
         raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     manifest = source.shards.manifest
     if settings.init:
-        model: Model = Model.from_pretrained(settings.init, dtype=torch.float32, **settings.model)
+        with without_progress_bars():
+            model: Model = Model.from_pretrained(
+                settings.init, dtype=torch.float32, **settings.model
+            )
         source.check_vocabulary(settings.init, int(model.config.vocab_size))
     else:
         fields: dict[str, Any] = {

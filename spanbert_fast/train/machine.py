@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,15 +44,27 @@ def autocast_dtype(precision: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Silence the bars that transformers draws when it loads or saves: events tell enough."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
 def machine_settings(threads: int | None) -> Iterator[None]:
-    """Set threads and deterministic algorithms, and put back what was there."""
+    """Set threads (None: leave them) and deterministic algorithms; put back what was there."""
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or before[0])
     torch.use_deterministic_algorithms(True)
     # cuBLAS reads this when it starts; without it torch refuses deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spanbert_fast.train.events import EvaluationResult
+from spanbert_fast.train.machine import without_progress_bars
 from spanbert_fast.train.run import Run
 
 _NON_COMMERCIAL = "cc-by-nc-4.0"
@@ -23,7 +24,8 @@ def save_model(run: Run, evaluation: EvaluationResult | None) -> Path:
     partial, old = final.with_name(".unfinished-model"), final.with_name(".old-model")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    run.model.save_pretrained(partial)
+    with without_progress_bars():
+        run.model.save_pretrained(partial)
     run.source.tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(model_card(run, evaluation), encoding="utf-8")
     if final.exists():
@@ -106,7 +108,7 @@ def _result_rows(evaluation: EvaluationResult | None) -> dict[str, Any]:
 def _data_rows(run: Run) -> dict[str, Any]:
     manifest = run.source.shards.manifest
     return {
-        "manifest SHA-256": run.source.shards.manifest_hash,
+        "shards SHA-256": run.source.shards.manifest_hash,
         "tokenizer SHA-256": manifest.tokenizer_sha256,
         "vocabulary": manifest.vocab_size,
         "sequence length": manifest.seq_length,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,7 @@ class PretrainOptions:
     keep_checkpoints: int | None = None
     """Checkpoints kept; 2 unless given."""
     threads: int | None = None
-    """CPU threads; all cores unless given."""
+    """CPU threads; as many as torch takes by itself, but 1 for tiny, unless given."""
     device: Device | None = None
     """Where the model runs; auto: CUDA if there is one."""
     precision: Precision | None = None
@@ -110,7 +109,7 @@ class EvaluateOptions:
     max_blocks: int = 0
     """Evaluate on this many of the first blocks, rounded up to whole batches; 0: on all."""
     threads: int | None = None
-    """CPU threads; all cores unless given."""
+    """CPU threads; as many as torch takes by itself unless given."""
     device: Device = "auto"
     """Where the model runs; auto: CUDA if there is one."""
 
@@ -264,7 +263,10 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     if not chosen.get("init"):  # foreign weights bring their own configuration
         chosen["model"] = recipe["model"] | chosen["model"]
     values = _DEFAULTS | recipe | chosen
-    values.setdefault("threads", os.cpu_count() or 1)
+    if values["threads"] is None:
+        import torch  # heavy, and the command line reads this file for its help
+
+        values["threads"] = torch.get_num_threads()
     if isinstance(tokens := values["global_batch_tokens"], int):
         values.setdefault("micro_batches", max(1, math.ceil(tokens / _MICRO_BATCH_TOKENS)))
     if missing := [name for name in ("data", "output") if name not in values]:

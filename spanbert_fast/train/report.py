@@ -48,7 +48,7 @@ def draw_report(metrics: Lines, path: Path, title: str) -> None:
         axis.set(ylabel=label, ylim=(0, None))
     for axis in axes:
         axis.set_xlabel("step")
-        axis.set_xlim(0, metrics[-1]["step"] if metrics else None)
+        axis.set_xlim(0, 1.02 * metrics[-1]["step"] if metrics else None)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -161,7 +161,7 @@ from spanbert_fast.data.prepare import PrepareOptions, prepare
 if __name__ == "__main__":
     corpus, output, tokenizer = sys.argv[1:]
     prepare(PrepareOptions(input=(corpus,), output=Path(output), tokenizer=tokenizer, seq_length=32,
-        rows_per_file=50, validation_permille=100, workers=2, part_megabytes=0.0002))
+        rows_per_file=50, validation_permille=100, workers=2, part_megabytes=0.0006))
 """
 
 
@@ -181,7 +181,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, tokenizer_folder):
     process.wait()
     finished = len(list(output.glob("unfinished/*.npz")))
     assert not (output / "manifest.json").exists()
-    again = dataclasses.replace(whole, output=output, part_megabytes=0.0002)
+    again = dataclasses.replace(whole, output=output, part_megabytes=0.0006)
     summary = prepare(again)
     assert summary.resumed_parts >= finished
     assert contents(output) == contents(whole.output)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -149,7 +150,18 @@ def test_foreign_folders_and_files_are_refused(copy, shards, tmp_path):
 
 def test_the_manifest_survives_a_round_trip(shards, tmp_path):
     (tmp_path / "manifest.json").write_text(shards.manifest.to_json())
-    assert read_manifest(tmp_path) == (shards.manifest, shards.manifest_hash)
+    assert read_manifest(tmp_path) == shards.manifest
+    assert read_manifest(tmp_path).content_hash() == shards.manifest_hash
+
+
+def test_the_hash_names_the_content_and_not_its_origin(shards):
+    elsewhere = {"inputs": [{"name": "elsewhere/text.txt"}]}
+    moved = dataclasses.replace(shards.manifest, settings=elsewhere)
+    assert moved.content_hash() == shards.manifest_hash
+    (first, *others) = shards.manifest.train
+    changed = (dataclasses.replace(first, sha256="0" * 64), *others)
+    other = dataclasses.replace(shards.manifest, train=changed)
+    assert other.content_hash() != shards.manifest_hash
 
 
 def test_the_replacement_sample_follows_the_unigram_law(shards):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertTokenizer
+from transformers import AddedToken, BertTokenizer
 
 from spanbert_fast.config import Config
 from spanbert_fast.model.pretrained import Model
@@ -149,6 +149,14 @@ def test_offsets_are_those_of_the_text(
     found = fill_span(model, tokenizer, [".[MASK]", text], top_k=2)[1:]
     assert [text[spans[0].start : spans[0].end] for spans in found] == pieces
     assert all(span.text_index == 1 for spans in found for span in spans)
+
+
+def test_spaces_around_a_mask_are_not_part_of_it(model: Model, tokenizer: Any) -> None:
+    greedy = BertTokenizer(vocab=dict(tokenizer.get_vocab()), do_lower_case=False)
+    greedy.add_special_tokens({"mask_token": AddedToken("[MASK]", lstrip=True, rstrip=True)})
+    text = "the  [MASK]  [MASK] mat"
+    [spans] = fill_span(model, greedy, text)
+    assert (spans[0].start, spans[0].end) == (5, 19)
 
 
 def force(model: Model, ids: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +39,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of the small corpus."""
     folder = tmp_path_factory.mktemp("train")
     write_corpus(folder / "text.txt")
-    prepare(
-        PrepareOptions(
-            input=(str(folder / "text.txt"),),
-            output=folder / "shards",
-            train_tokenizer=True,
-            vocab_size=160,
-            seq_length=32,
-            validation_permille=200,
-            workers=1,
+    # By a relative name: the manifest holds it, and the order of the blocks depends on that.
+    with contextlib.chdir(folder):
+        prepare(
+            PrepareOptions(
+                input=("text.txt",),
+                output=Path("shards"),
+                train_tokenizer=True,
+                vocab_size=160,
+                seq_length=32,
+                validation_permille=200,
+                workers=1,
+            )
         )
-    )
     return folder / "shards"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from spanbert_fast.train import machine
 
@@ -25,6 +26,23 @@ def test_settings_are_put_back_even_after_a_failure() -> None:
         fail()
     assert torch.get_num_threads() == before
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_are_left_alone_unless_given() -> None:
+    before = torch.get_num_threads()
+    with machine.machine_settings(None):
+        assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_before_afterwards(shown: bool) -> None:
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    with machine.without_progress_bars():
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() == shown
+    (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 @pytest.mark.parametrize(("has_instruction", "expected"), [(True, "bf16"), (False, "fp32")])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spanbert_fast.train.options import EvaluateOptions, PretrainOptions, Settings, resolve
 from spanbert_fast.train.presets import RECIPES
@@ -35,11 +35,16 @@ def test_presets_are_the_published_recipes(
     assert (found.warmup_steps, found.weight_decay, found.clip_norm) == (10_000, 0.01, 1.0)
 
 
-def test_nothing_given_is_the_tiny_preset_on_all_cores() -> None:
+def test_nothing_given_is_the_tiny_preset() -> None:
     found = settings()
     assert found.preset == "tiny"
     assert found.learning_rate == RECIPES["tiny"].learning_rate
-    assert found.threads == os.cpu_count()
+    assert found.threads == 1
+
+
+def test_torch_chooses_the_threads_of_the_others() -> None:
+    assert settings(preset="small").threads == torch.get_num_threads()
+    assert settings(preset="small", threads=3).threads == 3
 
 
 def test_command_line_wins_over_file_wins_over_preset(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_model_loads_here_and_in_plain_transformers(finished: tuple[Path, list[E
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlanguage: en\nlibrary_name: spanbert_fast\n")
     assert "license" not in card.partition("---\n\n")[0]
-    assert "manifest SHA-256" in card
+    assert "shards SHA-256" in card
     assert "unigram law on the same targets" in card
 
 
@@ -261,7 +261,8 @@ def gradients(options: PretrainOptions, dtype: torch.dtype) -> dict[str, torch.T
         built.log.close()
         built.model.to(dtype)
         steps = built.steps()
-        step = next(steps)
+        # Any step but the small one that an epoch has.
+        step = next(step for step in steps if len(step.example_ids) >= 4)
         steps.close()
         for batch in step.micro_batches:
             pretrain._learn(built, step, batch, pretrain.dropout_seed(0, 0))
