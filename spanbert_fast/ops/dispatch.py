@@ -41,6 +41,8 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
+_rooms: dict[str, str] = {}
+"""Op -> name of the module that it, and its twin, stand in."""
 _twins: dict[str, _Twin] = {}
 
 
@@ -56,6 +58,9 @@ def set_backend(name: Backend) -> None:
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend is {name!r}, allowed are {', '.join(get_args(Backend))}")
+    if name == "triton":
+        for op in _rooms:
+            _twin_of(op)
     _backend = name
 
 
@@ -90,20 +95,23 @@ def twins_on_cpu() -> Iterator[None]:
 def accelerated(reference: Callable[P, R]) -> Callable[P, R]:
     """The op whose body is `reference` and whose Triton twin is found by name.
 
-    The twin of `ops.norm.f` is the function `kernels.norm.f`, with the same signature. It is
-    looked up here, once: an import inside a call could not be traced by `torch.compile`.
+    The twin of `ops.norm.f` is the function `kernels.norm.f`, with the same signature. Where
+    twins can run it is looked up here, once: an import inside a call could not be traced by
+    `torch.compile`. Elsewhere nobody waits for Triton to load before somebody orders it.
     """
     name = reference.__name__
-    twin = _find_twin(reference.__module__.rpartition(".")[2], name)
-    _twins[name] = twin
+    _rooms[name] = reference.__module__.rpartition(".")[2]
+    if torch.version.cuda is not None or _twins_run_on_cpu:
+        _twin_of(name)
 
     @functools.wraps(reference)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         device = _device_of(*args, **kwargs)
-        backend, reason = _choose(name, twin, device.type)
+        backend, reason = _choose(name, device.type)
         if backend == "triton":
-            assert twin.function is not None
-            return cast(R, twin.function(*args, **kwargs))
+            function = _twin_of(name).function
+            assert function is not None
+            return cast(R, function(*args, **kwargs))
         if backend == "none":
             raise RuntimeError(f"{name}: backend 'triton' was ordered, but {reason}")
         return reference(*args, **kwargs)
@@ -121,15 +129,21 @@ def backend_of(op: str, device: torch.device | str) -> BackendChoice:
     Raises:
         ValueError: There is no such op.
     """
-    if op not in _twins:
+    if op not in _rooms:
         raise ValueError(f"op is {op!r}, allowed are {', '.join(op_names())}")
-    backend, reason = _choose(op, _twins[op], torch.device(device).type)
+    backend, reason = _choose(op, torch.device(device).type)
     return BackendChoice(op, backend, reason)
 
 
 def op_names() -> list[str]:
     """Names of all ops that were defined."""
-    return sorted(_twins)
+    return sorted(_rooms)
+
+
+def _twin_of(name: str) -> _Twin:
+    if name not in _twins:
+        _twins[name] = _find_twin(_rooms[name], name)
+    return _twins[name]
 
 
 def _find_twin(room: str, name: str) -> _Twin:
@@ -153,20 +167,19 @@ def _device_of(*args: object, **kwargs: object) -> torch.device:
     raise TypeError("an op was called without a tensor")
 
 
-def _choose(
-    name: str, twin: _Twin, device_type: str
-) -> tuple[Literal["torch", "triton", "none"], str]:
+def _choose(name: str, device_type: str) -> tuple[Literal["torch", "triton", "none"], str]:
     """The backend and its reason; `none` if an order cannot be obeyed."""
     if _backend == "torch":
         return "torch", "backend 'torch' is set"
+    if _backend == "auto" and device_type != "cuda":
+        return "torch", f"tensors on {device_type!r}"
+    twin = _twin_of(name)
     if _backend == "triton":
         if twin.function is None:
             return "none", twin.absence
         if device_type == "cuda" or (device_type == "cpu" and _twins_run_on_cpu):
             return "triton", "backend 'triton' is set"
         return "none", f"its tensors are on {device_type!r} and Triton runs on CUDA"
-    if device_type != "cuda":
-        return "torch", f"tensors on {device_type!r}"
     if twin.function is None:
         return "torch", twin.absence
     if torch.compiler.is_exporting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -74,8 +75,10 @@ def doubling() -> Iterator[Any]:
         return x
 
     doubled.__module__ = "spanbert_fast.ops.made_up"
-    yield dispatch.accelerated(doubled)
-    del sys.modules[name], dispatch._twins["doubled"]
+    op = dispatch.accelerated(doubled)
+    dispatch._twin_of("doubled")
+    yield op
+    del sys.modules[name], dispatch._rooms["doubled"], dispatch._twins["doubled"]
     if not hasattr(parent, "__path__"):
         del sys.modules["spanbert_fast.kernels"]
 
@@ -105,6 +108,13 @@ def test_setting_is_seen_by_compiled_code(doubling: Any) -> None:
     with dispatch.twins_on_cpu(), ops.use_backend("triton"):
         assert compiled(torch.ones(1)) == 2
     assert compiled(torch.ones(1)) == 1
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="twins can run on this build of torch")
+def test_triton_is_not_loaded_where_nobody_orders_it() -> None:
+    program = "import sys, spanbert_fast.ops; print('triton' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert answer.stdout.strip() == b"False"
 
 
 def test_op_without_tensors_is_refused() -> None:
