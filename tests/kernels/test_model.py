@@ -12,3 +12,7 @@ def test_whole_model_in_the_interpreter() -> None:
 @needs_simulator
 def test_whole_model_compiled() -> None:
     run_tests("model_in_simulator", "")
+
+
+def test_the_host_never_waits() -> None:
+    run_tests("model_without_sync", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from ops.tolerance import BACKWARD, FORWARD, assert_as_accurate
 from torch import Tensor
 
 from spanbert_fast import Config, Model, SpanMasker, use_backend
@@ -51,11 +52,15 @@ def make_batch() -> PackedBatch:
     )
 
 
-def step(backend: str) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one training step under `backend`."""
-    model = make_model()
+def step(
+    backend: str, precision: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a training step; `precision` is autocast's, `dtype` the parameters'."""
+    model = make_model().to(dtype)
+    autocast = torch.autocast("cpu", precision, enabled=precision is not torch.float32)
     with use_backend(backend):
-        loss = model.forward_packed(make_batch(), dropout_seed=torch.tensor(3)).loss
+        with autocast:
+            loss = model.forward_packed(make_batch(), dropout_seed=torch.tensor(3)).loss
         loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -73,3 +78,15 @@ def assert_twins_agree() -> None:
         scale = 1.0 if name.endswith("self.key.bias") else float(expected.abs().max())
         assert float((found - expected).abs().max()) <= 1e-5 * scale, name
     assert sum(float(gradient.abs().sum()) > 0 for gradient in gradients.values()) > 40
+
+
+def assert_autocast_is_as_accurate(precision: torch.dtype) -> None:
+    """Under autocast the Triton step errs as the reference does, by the rule of `ops.tolerance`."""
+    exact_loss, exact = step("torch", dtype=torch.float64)
+    plain_loss, plain = step("torch", precision)
+    loss, ours = step("triton", precision)
+    spread = float(torch.finfo(precision).eps) * exact_loss
+    assert abs(loss - exact_loss) <= max(FORWARD * abs(plain_loss - exact_loss), spread)
+    for name, truth in exact.items():
+        if not name.endswith("self.key.bias"):
+            assert_as_accurate(ours[name], plain[name], truth, BACKWARD, name)
