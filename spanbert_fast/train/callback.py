@@ -43,9 +43,9 @@ class SpanMaskingCallback(TrainerCallback):
         # Counted from where the run begins: for data without a length, state.epoch is a share of
         # all steps and does not tell passes over the data apart.
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
-        used = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
-        collator = self._collator or span_masking_collator(used)
-        if collator is None:
+        used = innermost(getattr(kwargs.get("train_dataloader"), "collate_fn", None))
+        collator = self._collator or used
+        if not isinstance(collator, SpanMaskingCollator):
             raise ValueError(
                 f"the Trainer's data_collator is a {type(used).__name__}, must be a "
                 "SpanMaskingCollator, or give yours: SpanMaskingCallback(collator)"
@@ -53,8 +53,8 @@ class SpanMaskingCallback(TrainerCallback):
         collator.set_epoch(self._epoch)
 
 
-def span_masking_collator(collate: object) -> SpanMaskingCollator | None:
-    """The `SpanMaskingCollator` in a DataLoader's function, under the Trainer's own wrapping."""
-    while collate is not None and not isinstance(collate, SpanMaskingCollator):
-        collate = getattr(collate, "data_collator", None)
+def innermost(collate: object) -> object:
+    """What a DataLoader calls, without the Trainer's own wrapping that removes columns."""
+    while (wrapped := getattr(collate, "data_collator", None)) is not None:
+        collate = wrapped
     return collate

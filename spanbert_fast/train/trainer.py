@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from spanbert_fast.train.callback import SpanMaskingCallback, span_masking_collator
+from spanbert_fast.data.collator import SpanMaskingCollator
+from spanbert_fast.train.callback import SpanMaskingCallback, innermost
 
 _TARGETS = {"mlm_loss": "labels", "sbo_loss": "sbo_targets"}
 
@@ -25,7 +26,7 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
         has_one = any(isinstance(c, SpanMaskingCallback) for c in self.callback_handler.callbacks)
-        if not has_one and span_masking_collator(self.data_collator) is not None:
+        if not has_one and isinstance(innermost(self.data_collator), SpanMaskingCollator):
             self.add_callback(SpanMaskingCallback())
 
     def compute_loss(

@@ -5,6 +5,7 @@ Data set -> tokenizer -> collator -> plain Trainer; only the collator is ours.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,10 @@ def byte_level(sentences: list[str], specials: list[str]) -> Tokenizer:
 def roberta(sentences: list[str]) -> tuple[Any, Any]:
     trained = byte_level(sentences, ROBERTA_SPECIALS)
     vocabulary = trained.get_vocab()
-    merges = [tuple(pair) for pair in _merges(trained)]
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     tokenizer = RobertaTokenizer(vocab=vocabulary, merges=merges)
     config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE)
     return tokenizer, RobertaForMaskedLM(config)
-
-
-def _merges(trained: Tokenizer) -> list[Any]:
-    import json
-
-    return json.loads(trained.to_str())["model"]["merges"]
 
 
 def modernbert(sentences: list[str]) -> tuple[Any, Any]:
@@ -102,8 +97,6 @@ def sentence_piece(sentences: list[str]) -> tuple[Any, Any]:
         vocab_size=90, special_tokens=ROBERTA_SPECIALS[:4], unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(sentences, trainer)
-    import json
-
     pieces = [tuple(entry) for entry in json.loads(backend.to_str())["model"]["vocab"]]
     tokenizer = XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)])
     config = XLMRobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE)
