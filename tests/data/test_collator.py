@@ -18,6 +18,7 @@ from spanbert_fast.data.masking import SpanMasker
 from spanbert_fast.data.tokenizer import ordinary_ids, word_starts
 from spanbert_fast.model.inputs import pack_inputs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 TEXTS = [" ".join(lines) for lines in documents(11, 12)]
 
 
@@ -164,17 +165,6 @@ def test_the_id_names_the_example(tokenizer, features):
     assert not torch.equal(rows[0] == -100, rows[2] == -100)
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
 def passes(loader, collator=None, count=2):
     """Labels of some passes over a loader, one tensor each."""
     found = []
@@ -197,7 +187,7 @@ def test_masks_depend_on_the_epoch_and_not_on_the_workers(tokenizer, features):
     expected = None
     for settings in WORKERS:
         collator = SpanMaskingCollator(tokenizer)
-        loader = DataLoader(Rows(features), 4, collate_fn=collator, **settings)
+        loader = DataLoader(features, 4, collate_fn=collator, **settings)
         found = passes(loader, collator, 3)
         again = passes(loader, collator, 3)
         expected = expected or found
@@ -212,7 +202,7 @@ def test_masks_depend_on_the_epoch_and_not_on_the_workers(tokenizer, features):
 def test_without_an_epoch_masks_still_change(tokenizer, features, settings):
     collator = SpanMaskingCollator(tokenizer)
     assert collator.epoch is None
-    first, second = passes(DataLoader(Rows(features), 4, collate_fn=collator, **settings))
+    first, second = passes(DataLoader(features, 4, collate_fn=collator, **settings))
     assert not torch.equal(first, second)
     assert collator.epoch is None
 
@@ -221,17 +211,16 @@ def test_hugging_faces_collator_repeats_itself_where_ours_does_not(tokenizer, fe
     """Theirs with a seed masks two passes alike if workers do not persist, the default."""
     rows = [{"input_ids": row["input_ids"]} for row in features]
     theirs = DataCollatorForLanguageModeling(tokenizer, seed=7)
-    first, second = passes(DataLoader(Rows(rows), 4, collate_fn=theirs, num_workers=1))
+    first, second = passes(DataLoader(rows, 4, collate_fn=theirs, num_workers=1))
     assert torch.equal(first, second)
     ours = SpanMaskingCollator(tokenizer, seed=7)
-    first, second = passes(DataLoader(Rows(rows), 4, collate_fn=ours, num_workers=1), ours)
+    first, second = passes(DataLoader(rows, 4, collate_fn=ours, num_workers=1), ours)
     assert not torch.equal(first, second)
 
 
 def test_spawned_workers_see_the_epoch(tokenizer, features):
     collator = SpanMaskingCollator(tokenizer)
     loader = DataLoader(
-        # A plain list: a spawned process cannot import this file.
         features,
         4,
         collate_fn=collator,

@@ -31,9 +31,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from spanbert_fast.config import Config
 from spanbert_fast.data.collator import SpanMaskingCollator
 from spanbert_fast.data.tokenizer import word_starts
 from spanbert_fast.data.wordpiece import train_tokenizer
+from spanbert_fast.model.pretrained import Model
 from spanbert_fast.train.callback import SpanMaskingCallback
 
 SHAPE: dict[str, Any] = {
@@ -51,6 +53,11 @@ BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def bert(sentences: list[str]) -> tuple[Any, Any]:
     tokenizer = train_tokenizer(sentences, 120)
     return tokenizer, BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **SHAPE))
+
+
+def ours(sentences: list[str]) -> tuple[Any, Any]:
+    tokenizer = train_tokenizer(sentences, 120)
+    return tokenizer, Model(Config(vocab_size=len(tokenizer), **SHAPE))
 
 
 def byte_level(sentences: list[str], specials: list[str]) -> Tokenizer:
@@ -103,7 +110,7 @@ def sentence_piece(sentences: list[str]) -> tuple[Any, Any]:
     return tokenizer, XLMRobertaForMaskedLM(config)
 
 
-@pytest.mark.parametrize("build", [bert, roberta, modernbert, sentence_piece])
+@pytest.mark.parametrize("build", [ours, bert, roberta, modernbert, sentence_piece])
 def test_it_trains(
     build: Callable[[list[str]], tuple[Any, Any]], sentences: list[str], tmp_path: Path
 ) -> None:
@@ -116,13 +123,14 @@ def test_it_trains(
         batched=True,
         remove_columns=["text"],
     )
-    collator = SpanMaskingCollator(tokenizer, spans=False, pad_to_multiple_of=8)
-    # Whole words: nearly every piece of the text belongs to one of as many words as it has spaces.
+    collator = SpanMaskingCollator(tokenizer, spans=build is ours, pad_to_multiple_of=8)
     starts = word_starts(tokenizer)
     text = sentences[1]
     encoding = tokenizer(text, add_special_tokens=False)
     num_words = sum(starts[index] for index in encoding.input_ids[1:]) + 1
-    assert num_words == len(text.split()) + (build is bert)  # WordPiece sets the full stop apart.
+    assert num_words == len(text.split()) + (
+        build in (ours, bert)
+    )  # WordPiece sets the full stop apart.
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
