@@ -1,7 +1,9 @@
-"""A small run of a Hugging Face Trainer with everything of ours; also a script for torchrun."""
+"""A small run of a Hugging Face Trainer with everything of ours; also a script with two ranks."""
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,9 +119,24 @@ def one_step(
     return {"log": trainer.state.log_history[0], "gradient": keep.gradient}
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    step = one_step(target, int(sys.argv[2]), int(sys.argv[3]), ddp_backend="gloo")
+def _rank(rank: int, port: int, folder: Path, size: int, accumulation: int) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | address
+    step = one_step(folder, size, accumulation, ddp_backend="gloo")
     assert torch.distributed.get_world_size() == 2
-    torch.save(step, target / f"rank{torch.distributed.get_rank()}.pt")
+    torch.save(step, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    # Forked, as importing transformers takes most of the time; a new process for it, as one that
+    # has trained already must not fork.
+    torch.multiprocessing.start_processes(
+        _rank,
+        (free_port, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])),
+        nprocs=2,
+        start_method="fork",
+    )
