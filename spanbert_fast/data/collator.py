@@ -135,70 +135,41 @@ class SpanMaskingCollator:
         if len(features) == 0:
             raise ValueError("features is empty, must hold at least one example")
         read = [read_feature(i, item, self._vocabulary_size) for i, item in enumerate(features)]
-        packed, cu_seqlens = self._pack(read)
+        original = np.concatenate([feature.input_ids for feature in read])
+        is_protected = _protected(read)
+        # A special token is never masked, so one stands in for those that must not be.
+        maskable = np.where(is_protected, np.int32(self.tokenizer.pad_token_id), original)
+        cu_seqlens = np.cumsum([0, *(len(feature.input_ids) for feature in read)], dtype=np.int32)
         ids = np.array(self._example_ids(features, read), np.int64)
         epoch = self.epoch
         if epoch is None:
             epoch = int(torch.randint(_NUM_EPOCHS, ()))
-        masked = self.masker(packed, cu_seqlens, ids, epoch=epoch)
-        batch = self._pad(read, masked.input_ids, cu_seqlens)
-        place = _Places.of(batch["input_ids"].shape, read, cu_seqlens, self.tokenizer.padding_side)
-        batch["labels"] = place.labels(masked)
+        masked = self.masker(maskable, cu_seqlens, ids, epoch=epoch)
+        grid = _Grid.of(read, cu_seqlens, self.pad_to_multiple_of, self.tokenizer.padding_side)
+        batch = {
+            "input_ids": grid.pad(
+                np.where(is_protected, original, masked.input_ids), self.tokenizer.pad_token_id
+            ),
+            "attention_mask": grid.pad(np.ones(len(original), np.int64), 0),
+        }
+        types = _token_types(read)
+        if types is not None and "token_type_ids" in self.tokenizer.model_input_names:
+            batch["token_type_ids"] = grid.pad(types, self.tokenizer.pad_token_type_id)
+        batch["labels"] = grid.labels(masked)
         if self.spans:
-            batch["sbo_spans"], batch["sbo_targets"] = place.spans(masked, self.max_span_targets)
-        return batch
-
-    def _pack(self, read: list[Feature]) -> tuple[Int32s, Int32s]:
-        """Real tokens end to end; a protected one stands in as a special one, which stays."""
-        parts = [feature.real_ids for feature in read]
-        cu_seqlens = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-        packed = np.concatenate(parts)
-        for feature, begin in zip(read, cu_seqlens[:-1], strict=True):
-            if feature.is_protected is not None:
-                columns = np.flatnonzero(feature.is_protected[feature.begin : feature.end])
-                packed[begin + columns] = self.tokenizer.pad_token_id
-        return packed, cu_seqlens
+            batch["sbo_spans"], batch["sbo_targets"] = grid.spans(masked, self.max_span_targets)
+        return BatchEncoding(batch)
 
     def _example_ids(self, features: Sequence[Mapping[str, Any]], read: list[Feature]) -> list[int]:
         name = self.id_column
         holders = [] if name is None else [i for i, item in enumerate(features) if name in item]
         if name is None or not holders:
-            return [content_id(feature.real_ids) for feature in read]
+            return [content_id(feature.input_ids) for feature in read]
         if len(holders) < len(features):
             raise ValueError(
                 f"{name} is in {len(holders)} of {len(features)} features, must be in all or none"
             )
         return [column_id(i, name, item[name]) for i, item in enumerate(features)]
-
-    def _pad(self, read: list[Feature], masked: Int32s, cu_seqlens: Int32s) -> BatchEncoding:
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
-        with_types = [feature.token_type_ids is not None for feature in read]
-        if any(with_types) and not all(with_types):
-            raise ValueError(
-                f"token_type_ids is in {sum(with_types)} of {len(read)} features, must be in all "
-                "or none"
-            )
-        if all(with_types) and "token_type_ids" in self.tokenizer.model_input_names:
-            rows["token_type_ids"] = [
-                feature.token_type_ids.tolist()
-                for feature in read
-                if feature.token_type_ids is not None
-            ]
-        for feature, begin, end in zip(read, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
-            ids = feature.input_ids.copy()
-            ids[feature.begin : feature.end] = masked[begin:end]
-            if feature.is_protected is not None:
-                ids[feature.is_protected] = feature.input_ids[feature.is_protected]
-            rows["input_ids"].append(ids.tolist())
-            rows["attention_mask"].append(feature.attention_mask.tolist())
-        padded: BatchEncoding = self.tokenizer.pad(
-            rows,
-            padding=True,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return padded
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy in another process shares the epoch if that is how it came; a file's does not."""
@@ -209,8 +180,29 @@ class SpanMaskingCollator:
         return f"SpanMaskingCollator({self.masker!r}, spans={self.spans}, epoch={self.epoch})"
 
 
-class _Places(NamedTuple):
-    """Where packed tokens stand in a padded batch."""
+def _protected(read: list[Feature]) -> npt.NDArray[np.bool_]:
+    """Bool [T]."""
+    none = [np.zeros(len(feature.input_ids), np.bool_) for feature in read]
+    return np.concatenate(
+        [
+            empty if feature.is_protected is None else feature.is_protected
+            for feature, empty in zip(read, none, strict=True)
+        ]
+    )
+
+
+def _token_types(read: list[Feature]) -> Int64s | None:
+    """int64 [T], or None if no example has any."""
+    types = [feature.token_type_ids for feature in read if feature.token_type_ids is not None]
+    if len(types) not in (0, len(read)):
+        raise ValueError(
+            f"token_type_ids is in {len(types)} of {len(read)} features, must be in all or none"
+        )
+    return np.concatenate(types) if types else None
+
+
+class _Grid(NamedTuple):
+    """A padded batch of B rows and S columns, and where packed tokens stand in it."""
 
     shape: tuple[int, int]
     flat: Int64s
@@ -218,18 +210,24 @@ class _Places(NamedTuple):
 
     @classmethod
     def of(
-        cls, shape: Sequence[int], read: list[Feature], cu_seqlens: Int32s, padding_side: str
-    ) -> _Places:
-        num_columns = shape[1]
-        starts = [
-            row * num_columns
-            + feature.begin
-            + (num_columns - len(feature.input_ids) if padding_side == "left" else 0)
-            for row, feature in enumerate(read)
-        ]
-        shifts = np.array(starts, np.int64) - cu_seqlens[:-1]
-        flat = np.arange(cu_seqlens[-1]) + np.repeat(shifts, np.diff(cu_seqlens))
-        return cls((shape[0], num_columns), flat)
+        cls, read: list[Feature], cu_seqlens: Int32s, multiple: int | None, padding_side: str
+    ) -> _Grid:
+        """As wide as the longest example, with the padding it came with, as `tokenizer.pad`."""
+        before = np.array([feature.padding_before for feature in read], np.int64)
+        behind = np.array([feature.padding_behind for feature in read], np.int64)
+        lengths = np.diff(cu_seqlens)
+        widths = before + lengths + behind
+        num_columns = -(-int(widths.max()) // (multiple or 1)) * (multiple or 1)
+        columns = num_columns - widths + before if padding_side == "left" else before
+        shifts = np.arange(len(read)) * num_columns + columns - cu_seqlens[:-1]
+        flat = np.arange(cu_seqlens[-1]) + np.repeat(shifts, lengths)
+        return cls((len(read), num_columns), flat)
+
+    def pad(self, values: npt.NDArray[Any], padding: int) -> torch.Tensor:
+        """[T] -> int64 [B, S]."""
+        grid = np.full(self.shape, padding, np.int64)
+        grid.reshape(-1)[self.flat] = values
+        return torch.from_numpy(grid)
 
     def labels(self, masked: MaskedBatch) -> torch.Tensor:
         """int64 [B, S]."""

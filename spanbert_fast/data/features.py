@@ -14,25 +14,18 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 class Feature(NamedTuple):
-    """One example; n tokens, padding that it came with included."""
+    """The n tokens of one example, without the padding that it may have come with."""
 
     input_ids: npt.NDArray[np.int32]
     """int32 [n]."""
-    attention_mask: npt.NDArray[np.int64]
-    """int64 [n], zeros and ones."""
     token_type_ids: npt.NDArray[np.int64] | None
     """int64 [n], if the example has them."""
     is_protected: npt.NDArray[np.bool_] | None
     """bool [n], tokens that must not be masked, whatever their ids are."""
-    begin: int
-    """First column that is not padding."""
-    end: int
-    """Column after the last that is not padding."""
-
-    @property
-    def real_ids(self) -> npt.NDArray[np.int32]:
-        """int32 [end - begin], the ids without padding."""
-        return self.input_ids[self.begin : self.end]
+    padding_before: int
+    """Number of columns of padding before the first token."""
+    padding_behind: int
+    """Number of columns of padding behind the last token."""
 
 
 def read_feature(index: int, feature: object, vocabulary_size: int) -> Feature:
@@ -64,27 +57,32 @@ def read_feature(index: int, feature: object, vocabulary_size: int) -> Feature:
             f"input_ids of features[{index}] holds {low if low < 0 else high}, must be in "
             f"[0, {vocabulary_size}), the vocabulary of the tokenizer"
         )
-    mask = _flags(index, "attention_mask", feature, len(ids))
+    begin, end = _real_columns(index, feature, len(ids))
+    types = feature.get("token_type_ids")
+    if types is not None:
+        types = _integers(index, "token_type_ids", types, len(ids))[begin:end]
+    protected = _flags(index, "special_tokens_mask", feature, len(ids))
+    return Feature(
+        ids[begin:end].astype(np.int32),
+        types,
+        None if protected is None else protected[begin:end] == 1,
+        begin,
+        len(ids) - end,
+    )
+
+
+def _real_columns(index: int, feature: Mapping[str, Any], length: int) -> tuple[int, int]:
+    """First column that is not padding, and the column after the last one."""
+    mask = _flags(index, "attention_mask", feature, length)
     if mask is None:
-        mask = np.ones(len(ids), np.int64)
+        return 0, length
     real = np.flatnonzero(mask)
     if len(real) == 0 or real[-1] - real[0] + 1 != len(real):
         raise ValueError(
             f"attention_mask of features[{index}] is {mask[:32].tolist()}, must be 1 on one run of "
             "tokens and 0 only before and behind it"
         )
-    types = feature.get("token_type_ids")
-    if types is not None:
-        types = _integers(index, "token_type_ids", types, len(ids))
-    protected = _flags(index, "special_tokens_mask", feature, len(ids))
-    return Feature(
-        ids.astype(np.int32),
-        mask,
-        types,
-        None if protected is None else protected == 1,
-        int(real[0]),
-        int(real[-1]) + 1,
-    )
+    return int(real[0]), int(real[-1]) + 1
 
 
 def _flags(
@@ -93,7 +91,7 @@ def _flags(
     if feature.get(name) is None:
         return None
     flags = _integers(index, name, feature[name], length)
-    if not np.isin(flags, (0, 1)).all():
+    if flags.min() < 0 or flags.max() > 1:
         raise ValueError(f"{name} of features[{index}] must hold zeros and ones")
     return flags
 

@@ -65,6 +65,15 @@ def test_a_batch_is_what_the_masker_says(tokenizer, features, side, settings):
     assert list(batch) == ["input_ids", "attention_mask", "token_type_ids", "labels", *sbo]
     assert all(values.dtype == torch.int64 for values in batch.values())
     assert batch["input_ids"].shape[1] % 8 == 0
+    padded = tokenizer.pad(
+        [{name: row[name] for name in ("input_ids", "token_type_ids")} for row in features],
+        pad_to_multiple_of=8,
+        return_tensors="pt",
+    )
+    assert torch.equal(batch["attention_mask"], padded["attention_mask"])
+    assert torch.equal(batch["token_type_ids"], padded["token_type_ids"])
+    unmasked = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    assert torch.equal(unmasked, padded["input_ids"])
     expected, cu_seqlens = masked_by_hand(tokenizer, features, 3, **settings)
     real = batch["attention_mask"].bool()
     assert real.sum(dim=1).tolist() == np.diff(cu_seqlens).tolist()
