@@ -53,6 +53,12 @@ def masked_by_hand(tokenizer, features, epoch, **settings):
     return masker(np.concatenate(rows), cu_seqlens, ids, epoch=epoch), cu_seqlens
 
 
+def pack_batch(batch, tokenizer):
+    """What the model makes of a padded batch."""
+    config = Config(vocab_size=len(tokenizer), max_position_embeddings=128)
+    return pack_inputs(config, **batch).batch
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("settings", [{}, {"seed": 7, "mask_ratio": 0.3, "replacement": "token"}])
 def test_a_batch_is_what_the_masker_says(tokenizer, features, side, settings):
@@ -84,15 +90,13 @@ def test_a_batch_is_what_the_masker_says(tokenizer, features, side, settings):
     assert torch.nonzero(labels != -100)[:, 0].tolist() == expected.mlm_positions.tolist()
     assert labels[labels != -100].tolist() == expected.mlm_labels.tolist()
     assert (batch["labels"][~real] == -100).all()
-    # The model's own reader turns the padded spans into packed ones.
-    config = Config(vocab_size=len(tokenizer), max_position_embeddings=128)
-    packed = pack_inputs(config, **batch).batch
+    packed = pack_batch(batch, tokenizer)
     for name in ("sbo_left", "sbo_right", "sbo_cu", "sbo_targets"):
         assert getattr(packed, name).tolist() == getattr(expected, name).tolist()
     assert len(expected.sbo_left) > 5
 
 
-def test_columns_may_be_lists_arrays_or_tensors_and_padded_before(tokenizer, features):
+def test_columns_may_be_lists_arrays_or_tensors(tokenizer, features):
     collator = SpanMaskingCollator(tokenizer, id_column=None)
     collator.set_epoch(0)
     expected = collator(features)
@@ -101,19 +105,42 @@ def test_columns_may_be_lists_arrays_or_tensors_and_padded_before(tokenizer, fea
         kept = ("input_ids", "attention_mask", "token_type_ids")
         batch = collator([{name: convert(row[name]) for name in kept} for row in features])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    padded = tokenizer.pad(
-        [{"input_ids": row["input_ids"]} for row in features],
-        padding="max_length",
-        max_length=80,
-        return_tensors="np",
-    )
-    rows = [{name: padded[name][i] for name in padded} for i in range(len(features))]
-    batch = collator(rows)
-    assert batch["labels"].shape == (12, 80)
-    width = expected["labels"].shape[1]
-    assert torch.equal(batch["labels"][:, :width], expected["labels"])
-    assert torch.equal(batch["sbo_spans"], expected["sbo_spans"])
-    assert "token_type_ids" not in batch
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("padded_before", ["right", "left"])
+def test_padding_that_an_example_has_changes_nothing(tokenizer, features, side, padded_before):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    collator = SpanMaskingCollator(tokenizer, id_column=None)
+    collator.set_epoch(0)
+    packed = pack_batch(collator(features), tokenizer)
+    padded = [
+        tokenizer.pad(
+            {"input_ids": row["input_ids"]},
+            padding="max_length",
+            max_length=70 + number,  # Different, so that the batch pads some more.
+            padding_side=padded_before,
+        )
+        for number, row in enumerate(features)
+    ]
+    batch = collator(padded)
+    assert batch["labels"].shape == (12, 81)
+    for number, row in enumerate(batch["attention_mask"].tolist()):
+        length = len(features[number]["input_ids"])
+        begin = 70 + number - length if padded_before == "left" else 0
+        begin += 11 - number if side == "left" else 0
+        assert row == [0] * begin + [1] * length + [0] * (81 - begin - length)
+    again = pack_batch(batch, tokenizer)
+    for name in (
+        "input_ids",
+        "mlm_positions",
+        "mlm_labels",
+        "sbo_left",
+        "sbo_right",
+        "sbo_targets",
+    ):
+        assert torch.equal(getattr(again, name), getattr(packed, name))
 
 
 def test_protected_tokens_stay(tokenizer, features):
