@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spanbert_fast import ops as ops
     from spanbert_fast.config import Config as Config
+    from spanbert_fast.data.collator import SpanMaskingCollator as SpanMaskingCollator
     from spanbert_fast.data.masking import SpanMasker as SpanMasker
     from spanbert_fast.model.pretrained import Model as Model
+    from spanbert_fast.model.sbo_head import SBOHead as SBOHead
     from spanbert_fast.ops.dispatch import use_backend as use_backend
     from spanbert_fast.tasks.fill import FilledSpan as FilledSpan
     from spanbert_fast.tasks.fill import fill_span as fill_span
+    from spanbert_fast.train.callback import SpanMaskingCallback as SpanMaskingCallback
+    from spanbert_fast.train.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -22,7 +26,11 @@ _HOMES = {
     "Config": "spanbert_fast.config",
     "FilledSpan": "spanbert_fast.tasks.fill",
     "Model": "spanbert_fast.model.pretrained",
+    "SBOHead": "spanbert_fast.model.sbo_head",
     "SpanMasker": "spanbert_fast.data.masking",
+    "SpanMaskingCallback": "spanbert_fast.train.callback",
+    "SpanMaskingCollator": "spanbert_fast.data.collator",
+    "Trainer": "spanbert_fast.train.trainer",
     "fill_span": "spanbert_fast.tasks.fill",
     "use_backend": "spanbert_fast.ops.dispatch",
 }

@@ -122,36 +122,65 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def unmaskable_ids(tokenizer: Any) -> list[int]:
+    """Ids that masking must leave alone: every special token but the one for unknown pieces.
+
+    That one stands for a word of the text; it is special only where it has a second role.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+    roles = ("bos", "eos", "pad", "cls", "sep", "mask")
+    if tokenizer.unk_token_id not in [getattr(tokenizer, f"{role}_token_id") for role in roles]:
+        ids.discard(tokenizer.unk_token_id)
+    return sorted(ids)
+
+
+def ordinary_ids(tokenizer: Any) -> npt.NDArray[np.int32]:
+    """Int32 [any], ascending: the entries of the vocabulary that are pieces of text."""
+    special = {*unmaskable_ids(tokenizer), tokenizer.unk_token_id}
+    return np.array(sorted({*tokenizer.get_vocab().values()} - special), np.int32)
+
+
 def word_starts(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.bool_]:
-    """Bool [V], whether a vocabulary entry begins a word.
+    """Bool [V], whether a vocabulary entry begins a word; V is the highest id + 1.
 
     WordPiece: without the continuation prefix (`##`). Byte-level BPE: a leading `Ġ` (space), or
     `Ċ`, `ĉ`, `č` (line feed, tab, carriage return). SentencePiece: a leading `▁`. Special tokens
-    count as starts.
+    and tokens that were added to a vocabulary count as starts.
 
     Raises:
         ValueError: the family of the tokenizer does not mark word starts in its vocabulary.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"cannot tell where words start for a {type(tokenizer).__name__} without a "
+            "`tokenizers` backend"
+        )
+    content = json.loads(backend.to_str())
     model = content["model"]
     described = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    # Llama's way to write SentencePiece: the normalizer puts the mark in.
+    replaced = json.dumps([content.get("normalizer"), content.get("decoder")], ensure_ascii=False)
     prefix = model.get("continuing_subword_prefix")
     marks: tuple[str, ...]
     if model["type"] == "WordPiece" and prefix:
         marks, expected = (prefix,), False
     elif '"ByteLevel"' in described:
         marks, expected = ("Ġ", "Ċ", "ĉ", "č"), True
-    elif '"Metaspace"' in described:
+    elif '"Metaspace"' in described or '"▁"' in replaced:
         marks, expected = ("▁",), True
     else:
         raise ValueError(
             f"cannot tell where words start for a tokenizer of type {model['type']}, must be "
             "WordPiece, byte-level BPE or SentencePiece"
         )
-    specials = set(tokenizer.all_special_tokens)
-    starts = np.ones(len(tokenizer), np.bool_)
-    for token, index in tokenizer.get_vocab().items():
-        starts[index] = token in specials or token.startswith(marks) == expected
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    whole = added.union(tokenizer.all_special_tokens)
+    vocabulary = tokenizer.get_vocab()
+    starts = np.ones(max(vocabulary.values()) + 1, np.bool_)
+    for token, index in vocabulary.items():
+        starts[index] = token in whole or token.startswith(marks) == expected
     return starts
 
 

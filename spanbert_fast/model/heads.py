@@ -15,6 +15,7 @@ from torch.nn import functional
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.encoder import is_plain, split_bias
+from spanbert_fast.model.targets import SpanTargets
 from spanbert_fast.ops.activation import bias_gelu_layer_norm
 from spanbert_fast.ops.cross_entropy import linear_cross_entropy
 from spanbert_fast.ops.span_boundary import span_boundary_hidden
@@ -64,36 +65,34 @@ class SpanBoundary(nn.Module):
         self.transform2 = PredictionTransform(config, config.hidden_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, hidden: Tensor, spans: SpanTargets) -> Tensor:
         """Packed hidden states [T, D] -> what the decoder reads, one row per target, [N, D]."""
         first, table = self.transform1, self.position_embeddings
         if is_plain(first.dense, nn.Linear) and is_plain(table, nn.Embedding):
             rows = span_boundary_hidden(
                 hidden,
-                batch.sbo_left,
-                batch.sbo_right,
-                batch.sbo_cu,
+                spans.left,
+                spans.right,
+                spans.cu,
                 table.weight,
                 first.dense.weight,
                 first.dense.bias,
                 first.LayerNorm.weight,
                 first.LayerNorm.bias,
                 first.LayerNorm.eps,
-                num_rows=batch.sbo_targets.shape[0],
+                num_rows=spans.targets.shape[0],
             )
         else:
-            rows = first(self._concatenated(hidden, batch))
+            rows = first(self._concatenated(hidden, spans))
         transformed: Tensor = self.transform2(rows)
         return transformed
 
-    def _concatenated(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        num_targets = batch.sbo_targets.shape[0]
-        row = torch.arange(num_targets, device=hidden.device)
-        span = torch.searchsorted(batch.sbo_cu.long(), row, right=True) - 1
-        offset = row - batch.sbo_cu.long().index_select(0, span)
+    def _concatenated(self, hidden: Tensor, spans: SpanTargets) -> Tensor:
+        row = torch.arange(spans.targets.shape[0], device=hidden.device)
+        span = torch.searchsorted(spans.cu.long(), row, right=True) - 1
+        offset = row - spans.cu.long().index_select(0, span)
         left, right = (
-            hidden.index_select(0, edge.index_select(0, span))
-            for edge in (batch.sbo_left, batch.sbo_right)
+            hidden.index_select(0, edge.index_select(0, span)) for edge in (spans.left, spans.right)
         )
         return torch.cat([left, right, self.position_embeddings(offset)], dim=-1)
 
@@ -126,7 +125,7 @@ class Heads(nn.Module):
 
     def sbo_logits(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Packed hidden states [T, D] -> [N, V]."""
-        rows = self.span_boundary(hidden, batch)
+        rows = self.span_boundary(hidden, SpanTargets.of(batch))
         return functional.linear(rows, self._decoder().weight, self.span_boundary.bias)
 
     def score(self, hidden: Tensor, batch: PackedBatch) -> RowScores:
@@ -142,7 +141,7 @@ class Heads(nn.Module):
         num_mlm = batch.mlm_positions.shape[0]
         masked = self.predictions(hidden.index_select(0, batch.mlm_positions))
         losses, correct = linear_cross_entropy(
-            torch.cat([masked, self.span_boundary(hidden, batch)]),
+            torch.cat([masked, self.span_boundary(hidden, SpanTargets.of(batch))]),
             decoder.weight,
             decoder.bias,
             self.span_boundary.bias,

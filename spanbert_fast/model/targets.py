@@ -28,6 +28,11 @@ class SpanTargets(NamedTuple):
     targets: Tensor
 
     @classmethod
+    def of(cls, batch: PackedBatch) -> SpanTargets:
+        """Those of a packed batch."""
+        return cls(batch.sbo_left, batch.sbo_right, batch.sbo_cu, batch.sbo_targets)
+
+    @classmethod
     def empty(cls, device: torch.device) -> SpanTargets:
         """No spans."""
         none = torch.zeros(0, dtype=torch.int64, device=device)

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from spanbert_fast.data.tokenizer import (
     is_cased,
     load_tokenizer,
+    ordinary_ids,
     save_tokenizer,
     special_token_ids,
     tokenizer_hash,
+    unmaskable_ids,
     word_starts,
 )
 from spanbert_fast.data.wordpiece import train_tokenizer
@@ -131,6 +133,15 @@ def test_word_starts_of_every_family(tokenizer_folder):
     )
     assert word_starts(sentence_piece).tolist() == [True, True, False, True]
 
+    # The same, written as Llama does: the normalizer puts the mark in.
+    replacing = make_fast(
+        models.BPE(vocab={"▁river": 0, "s": 1, "<unk>": 2}, merges=[], unk_token="<unk>"),
+        None,
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()]),
+        unk_token="<unk>",
+    )
+    assert word_starts(replacing).tolist() == [True, False, True]
+
     words = make_fast(
         models.WordLevel({"river": 0, "[UNK]": 1}, "[UNK]"),
         pre_tokenizers.Whitespace(),
@@ -138,8 +149,30 @@ def test_word_starts_of_every_family(tokenizer_folder):
     )
     with pytest.raises(ValueError, match=r"word starts? .*type WordLevel|cannot tell where words"):
         word_starts(words)
+    with pytest.raises(ValueError, match="a object without a `tokenizers` backend"):
+        word_starts(object())
     with pytest.raises(ValueError, match="has no pad, unk, cls, sep, mask token"):
         special_token_ids(words)
+
+
+def test_added_tokens_start_words_and_specials_are_told_apart():
+    vocabulary = {"<s>": 0, "<pad>": 1, "Ġriver": 2, "s": 3, "<unk>": 4, "<mask>": 5}
+    tokenizer = make_fast(
+        models.BPE(vocab=vocabulary, merges=[]),
+        pre_tokenizers.ByteLevel(),
+        decoders.ByteLevel(),
+        cls_token="<s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+    tokenizer.add_tokens(["GmbH"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<doc>"]})
+    assert word_starts(tokenizer).tolist() == [True, True, True, False, True, True, True, True]
+    assert unmaskable_ids(tokenizer) == [0, 1, 5, 7]
+    assert ordinary_ids(tokenizer).tolist() == [2, 3, 6]
+    tokenizer.pad_token = "<unk>"
+    assert unmaskable_ids(tokenizer) == [0, 1, 4, 5, 7]
 
 
 def test_saving_depends_on_the_tokenizer_only(tmp_path, tokenizer_folder):

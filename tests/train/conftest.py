@@ -55,6 +55,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def sentences(shards: Path) -> list[str]:
+    """The text of the small corpus."""
+    lines = (shards.parent / "text.txt").read_text().splitlines()
+    return [line for line in lines if line]
+
+
 TINY_RUN: dict[str, Any] = {
     "steps": 12,
     "warmup_steps": 2,
