@@ -1,7 +1,6 @@
 """The whole model's compiled kernels in the simulator; `test_model.py` runs this file."""
 
 import ptxsim
-
 import pytest
 import torch
 
