@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from invented_text import as_lines, documents
 
 from spanbert_fast.data.manifest import Split
 from spanbert_fast.data.masking import SpanMasker
@@ -15,52 +15,6 @@ from spanbert_fast.data.prepare import PrepareOptions, prepare
 from spanbert_fast.data.shards import TokenShards
 from spanbert_fast.data.tokenizer import load_tokenizer, save_tokenizer, word_starts
 from spanbert_fast.data.wordpiece import train_tokenizer
-
-WORDS = [
-    "the",
-    "a",
-    "river",
-    "Anna",
-    "walked",
-    "slowly",
-    "under",
-    "old",
-    "bridges",
-    "while",
-    "nobody",
-    "watched",
-    "clouds",
-    "drift",
-    "over",
-    "Berlin",
-    "and",
-    "every",
-    "lamp",
-    "unfolded",
-    "yellow",
-    "petals",
-    "of",
-    "light",
-    "into",
-    "unbelievably",
-    "quiet",
-    "streets",
-]
-
-
-def sentence(generator: random.Random) -> str:
-    words = generator.choices(WORDS, k=generator.randint(1, 13))
-    text = " ".join(words)
-    return text[0].upper() + text[1:] + " streets."  # A last "a." would be an abbreviation.
-
-
-def documents(seed: int, count: int) -> list[list[str]]:
-    generator = random.Random(seed)
-    return [[sentence(generator) for _ in range(generator.randint(1, 9))] for _ in range(count)]
-
-
-def as_lines(texts: list[list[str]]) -> str:
-    return "\n\n".join("\n".join(text) for text in texts) + "\n"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import as_lines, documents
+from invented_text import as_lines, documents
 
 from spanbert_fast.data.corpus import cut_parts, find_source, read_documents
 from spanbert_fast.data.sentences import recognise_format, split_sentences

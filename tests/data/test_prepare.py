@@ -11,7 +11,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import as_lines, documents
+from invented_text import as_lines, documents
 from tokenizers import Tokenizer
 
 from spanbert_fast.data import blocks, pool

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import documents
+from invented_text import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
