@@ -81,6 +81,12 @@ def philox_lanes(seed, counter0, counter1, counter2, counter3):
 
 
 @triton.jit
+def keep_probability(threshold):
+    """The true probability of keeping, exact."""
+    return (65536 - threshold).to(tl.float32) * (1.0 / 65536.0)
+
+
+@triton.jit
 def keep_scale(threshold):
     """Factor of what dropout keeps: 1 / (the true probability of keeping)."""
     return 65536.0 / (65536 - threshold).to(tl.float32)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from spanbert_fast.kernels.attention.tiles import (
+    dropped_value,
     in_window,
     keep_tile,
     keys_of_columns,
@@ -17,7 +18,20 @@ from spanbert_fast.kernels.attention.tiles import (
     seen_range,
     visible_tile,
 )
-from spanbert_fast.kernels.common import COUNTS, keep_scale
+from spanbert_fast.kernels.common import COUNTS, keep_probability, keep_scale
+
+
+@triton.jit
+def score_gradients(weights, applied, grad_weights, delta, SPREAD: tl.constexpr):
+    """Gradients of scores, [queries, keys]; `applied` are the weights that dropout keeps.
+
+    With tcgen05 the gradient of the weights arrives late, and predicates kept until then would be
+    packed and unpacked; so the mask is in `applied` alone. With mma.sync and wgmma a second tile of
+    weights would spill registers, and the mask is in `grad_weights`.
+    """
+    if SPREAD == 1:
+        return applied * grad_weights - weights * delta[:, None]
+    return weights * (grad_weights - delta[:, None])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -54,6 +68,7 @@ def attention_backward_query(
     HEAD_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPREAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
@@ -78,10 +93,13 @@ def attention_backward_query(
     places = head.to(tl.int64) * num_tokens + start + queries
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + places, mask=is_query, other=0.0)
+    if DROPOUT:
+        # Scores' gradients are formed without the factor of what is kept and get it in the end.
+        delta *= keep_probability(threshold)
     tl.store(delta_ptr + places, delta, mask=is_query)
     log2_lse = tl.load(lse_ptr + places, mask=is_query, other=0.0) * 1.4426950408889634
     log2_scale = scale * 1.4426950408889634
-    columns = keys_of_columns(BLOCK_K, DROPOUT)
+    columns = keys_of_columns(BLOCK_K, SPREAD, DROPOUT)
     begin, end = seen_range(first, length, window, BLOCK_Q, BLOCK_K, HAS_WINDOW)
     tokens = (start + begin + columns)[None, :]
     key_rows = key_ptr + tokens * key_token_stride + head * key_head_stride + elements[:, None]
@@ -90,8 +108,6 @@ def attention_backward_query(
     if DROPOUT:
         seed = tl.load(seed_ptr)
         plane = plane_counter(ids_ptr, sequence, head, num_heads)
-        # Scores' gradients are formed without the factor of what is kept and get it in the end.
-        delta /= keep_scale(threshold)
     grad_query = tl.zeros((BLOCK_Q, HEAD_SIZE), tl.float32)
     for first_key in range(begin, end, BLOCK_K):
         keys = first_key + columns
@@ -103,10 +119,16 @@ def attention_backward_query(
         scores = tl.where(visible, scores, float("-inf"))
         weights = tl.math.exp2(scores * log2_scale - log2_lse[:, None])
         grad_weights = tl.dot(grad_output, value, input_precision="ieee")
+        applied = weights
         if DROPOUT:
-            keep = keep_tile(seed, first_key, queries, plane, site, threshold, BLOCK_Q, BLOCK_K)
-            grad_weights = tl.where(keep, grad_weights, 0.0)
-        grad_scores = weights * (grad_weights - delta[:, None])
+            keep = keep_tile(
+                seed, first_key, queries, plane, site, threshold, BLOCK_Q, BLOCK_K, SPREAD
+            )
+            if SPREAD == 1:
+                applied = tl.where(keep, weights, 0.0)
+            else:
+                grad_weights = tl.where(keep, grad_weights, 0.0)
+        grad_scores = score_gradients(weights, applied, grad_weights, delta, SPREAD)
         grad_query = tl.dot(
             grad_scores.to(key.dtype), tl.trans(key), grad_query, input_precision="ieee"
         )
@@ -152,6 +174,7 @@ def attention_backward_key_value(
     HEAD_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPREAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
@@ -164,7 +187,7 @@ def attention_backward_key_value(
     first = block * BLOCK_K
     if first >= length:
         return
-    keys = first + keys_of_columns(BLOCK_K, DROPOUT)
+    keys = first + keys_of_columns(BLOCK_K, SPREAD, DROPOUT)
     elements = tl.arange(0, HEAD_SIZE)
     mask = (keys < length)[:, None]
     tokens = (start + keys)[:, None]
@@ -184,8 +207,7 @@ def attention_backward_key_value(
     if DROPOUT:
         seed = tl.load(seed_ptr)
         plane = plane_counter(ids_ptr, sequence, head, num_heads)
-        kept_scale = keep_scale(threshold)
-        kept_part = 1.0 / kept_scale
+        nothing = dropped_value(threshold, SPREAD)
     grad_key = tl.zeros((BLOCK_K, HEAD_SIZE), tl.float32)
     grad_value = tl.zeros((BLOCK_K, HEAD_SIZE), tl.float32)
     for first_query in range(begin, end, BLOCK_Q):
@@ -203,19 +225,21 @@ def attention_backward_key_value(
         grad_weights = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
         applied = weights
         if DROPOUT:
-            keep = keep_tile(seed, first, queries, plane, site, threshold, BLOCK_Q, BLOCK_K)
-            applied = tl.where(keep, weights, 0.0)
-            delta *= kept_part
-            grad_weights = tl.where(keep, grad_weights, 0.0)
+            keep = keep_tile(seed, first, queries, plane, site, threshold, BLOCK_Q, BLOCK_K, SPREAD)
+            applied = tl.where(keep, weights, nothing)
+            if SPREAD > 1:
+                grad_weights = tl.where(keep, grad_weights, 0.0)
         grad_value = tl.dot(
             tl.trans(applied.to(query.dtype)), grad_output, grad_value, input_precision="ieee"
         )
-        grad_scores = (weights * (grad_weights - delta[:, None])).to(query.dtype)
+        grad_scores = score_gradients(weights, applied, grad_weights, delta, SPREAD)
+        grad_scores = grad_scores.to(query.dtype)
         grad_key = tl.dot(tl.trans(grad_scores), query, grad_key, input_precision="ieee")
         query_rows += BLOCK_Q * query_token_stride
         above_rows += BLOCK_Q * grad_output_token_stride
     factor = scale
     if DROPOUT:
+        kept_scale = keep_scale(threshold)
         grad_value *= kept_scale
         factor *= kept_scale
     tokens = (start + keys)[:, None]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from spanbert_fast.kernels.attention.tiles import (
+    dropped_value,
     keep_tile,
     keys_of_columns,
     place,
@@ -11,7 +12,7 @@ from spanbert_fast.kernels.attention.tiles import (
     seen_range,
     visible_tile,
 )
-from spanbert_fast.kernels.common import COUNTS, keep_scale
+from spanbert_fast.kernels.common import COUNTS, keep_probability
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -42,6 +43,7 @@ def attention_forward(
     HEAD_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPREAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
@@ -51,7 +53,7 @@ def attention_forward(
     if first >= length:
         return
     queries = first + tl.arange(0, BLOCK_Q)
-    columns = keys_of_columns(BLOCK_K, DROPOUT)
+    columns = keys_of_columns(BLOCK_K, SPREAD, DROPOUT)
     elements = tl.arange(0, HEAD_SIZE)
     query_rows = (start + queries)[:, None] * query_token_stride + head * query_head_stride
     query = tl.load(
@@ -66,6 +68,7 @@ def attention_forward(
     if DROPOUT:
         seed = tl.load(seed_ptr)
         plane = plane_counter(ids_ptr, sequence, head, num_heads)
+        nothing = dropped_value(threshold, SPREAD)
     # Scores in units of log 2: exp2 is what the hardware has.
     log2_scale = scale * 1.4426950408889634
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -88,8 +91,10 @@ def attention_forward(
         output = output * shrink[:, None]
         maximum = new_maximum
         if DROPOUT:
-            keep = keep_tile(seed, first_key, queries, plane, site, threshold, BLOCK_Q, BLOCK_K)
-            weights = tl.where(keep, weights, 0.0)
+            keep = keep_tile(
+                seed, first_key, queries, plane, site, threshold, BLOCK_Q, BLOCK_K, SPREAD
+            )
+            weights = tl.where(keep, weights, nothing)
         value = tl.load(value_rows, mask=(keys < length)[:, None], other=0.0)
         output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
         key_rows += BLOCK_K * key_token_stride
@@ -99,7 +104,7 @@ def attention_forward(
         total = tl.where(queries < length, total, 1.0)
     factor = 1.0 / total
     if DROPOUT:
-        factor *= keep_scale(threshold)
+        factor = 1.0 / (total * keep_probability(threshold))
     output_rows = (start + queries)[:, None] * output_token_stride + head * output_head_stride
     tl.store(
         output_ptr + output_rows + elements[None, :],

@@ -204,6 +204,7 @@ def _launch(
             HEAD_SIZE=head_size,
             BLOCK_Q=settings.block_q,
             BLOCK_K=settings.block_k,
+            SPREAD=settings.spread,
             HAS_WINDOW=window is not None,
             DROPOUT=threshold > 0,
             num_warps=settings.num_warps,

@@ -19,6 +19,8 @@ class Settings(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    spread: int = 4
+    """Threads that share neighbouring columns of a tile; see `tiles.py`."""
 
 
 # Every row compiles without a spill, which a test repeats; the reasons say why not another.
@@ -91,7 +93,8 @@ def launch_settings(
     if 100 <= arch < 120:
         # tcgen05 takes 64 or 128 rows; a thread holds a row, of which it can keep 32 columns.
         # With two stages of 128-wide heads, addresses alone would make it spill.
-        return _WIDE_UNSTAGED if head_size == 128 else _WIDE
+        # It owns a run of keys, so their natural order keeps a counter's eight in one thread.
+        return (_WIDE_UNSTAGED if head_size == 128 else _WIDE)._replace(spread=1)
     # Later ones without tcgen05 and earlier ones without wgmma have mma.sync alone.
     generation = 90 if arch == 90 else 80
     if max_seqlen <= SHORT and head_size <= 64 and (which, generation) in _SHORT_TABLE:

@@ -4,8 +4,10 @@ The order of keys inside a tile. One counter of the generator serves eight neigh
 query, but a tensor core leaves a thread two neighbouring columns of every eight: drawn in that
 order, each word would have to travel between threads. A sum over keys does not mind their order, so
 under dropout the columns of a tile stand for keys in another order, in which the eight keys of a
-counter lie in one thread: the column bits (word, thread, half) of a block of 32 are the key bits
-(thread, word, half). Only the addresses of rows of K and V change.
+counter lie in one thread: the column bits (word, thread, half) of a block of 8 * SPREAD are the key
+bits (thread, word, half). Only the addresses of rows of K and V change. SPREAD is the number of
+threads that share neighbouring columns: 4 for mma.sync and wgmma; with tcgen05 a thread owns a run
+of columns, SPREAD is 1 and the order is the natural one.
 """
 
 import triton
@@ -30,11 +32,13 @@ def place(cu_ptr, num_heads, num_blocks):
 
 
 @triton.jit
-def keys_of_columns(BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
+def keys_of_columns(BLOCK_K: tl.constexpr, SPREAD: tl.constexpr, DROPOUT: tl.constexpr):
     """The key, counted from the tile's first, of each column of a tile: int32 [BLOCK_K]."""
     columns = tl.arange(0, BLOCK_K)
-    if DROPOUT:
-        columns = (columns & -31) | ((columns & 6) << 2) | ((columns & 24) >> 2)
+    if DROPOUT and SPREAD > 1:
+        owner = columns & (2 * SPREAD - 2)
+        word = columns & (6 * SPREAD)
+        columns = (columns & (1 - 8 * SPREAD)) | (owner * 4) | (word // SPREAD)
     return columns
 
 
@@ -46,26 +50,37 @@ def plane_counter(ids_ptr, sequence, head, num_heads):
 
 @triton.jit
 def keep_tile(
-    seed, first_key, queries, plane, site, threshold, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    seed,
+    first_key,
+    queries,
+    plane,
+    site,
+    threshold,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Which scores of a tile dropout keeps, in the order of `keys_of_columns`.
 
     Args:
         seed: int64 scalar.
-        first_key: First key of the tile, a multiple of 32.
+        first_key: First key of the tile, a multiple of 8 * SPREAD.
         queries: int32 [BLOCK_Q], places in the sequence.
         plane: See `plane_counter`.
         site: Which dropout of the model this is.
         threshold: Of 65,536 lanes, so many mean "dropped".
         BLOCK_Q: Queries of the tile.
-        BLOCK_K: Keys of the tile, a multiple of 32.
+        BLOCK_K: Keys of the tile, a multiple of 8 * SPREAD.
+        SPREAD: Threads that share neighbouring columns; see the top of this file.
 
     Returns:
         bool [BLOCK_Q, BLOCK_K].
     """
     # Axes: query, block of 32 keys, word, thread, half. No `tl.join` and no `tl.permute`: Triton
     # takes a join before a product for unpacked 4-bit numbers and lays its operand out for those.
-    counters = first_key // 8 + tl.reshape(tl.arange(0, BLOCK_K // 8), (1, BLOCK_K // 32, 1, 4, 1))
+    counters = (first_key >> 3) + tl.reshape(
+        tl.arange(0, BLOCK_K // 8), (1, BLOCK_K // (8 * SPREAD), 1, SPREAD, 1)
+    )
     rows = tl.reshape(queries, (BLOCK_Q, 1, 1, 1, 1))
     word0, word1, word2, word3 = philox4x32(seed, counters, rows, plane, site)
     number = tl.reshape(tl.arange(0, 4), (1, 1, 4, 1, 1))
@@ -75,6 +90,19 @@ def keep_tile(
     half = tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 2))
     lanes = tl.reshape(tl.where(half == 0, word << 16, word), (BLOCK_Q, BLOCK_K))
     return lanes >= threshold.to(tl.uint32) << 16
+
+
+@triton.jit
+def dropped_value(threshold, SPREAD: tl.constexpr):
+    """A float32 zero: what a weight that is not kept becomes.
+
+    With tcgen05 one that the compiler cannot know. A zero that it knows it moves behind the
+    rounding to 16 bits, and then each half of a rounded pair is selected and put back in place.
+    """
+    zero = 0.0
+    if SPREAD == 1:
+        zero = (threshold >> 16).to(tl.float32)
+    return zero
 
 
 @triton.jit
