@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from spanbert_fast import Config, Model, SpanMasker, ops, use_backend
+from kernels.whole_model import make_batch
+from spanbert_fast import Config, Model, ops, use_backend
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.cli import main
 from spanbert_fast.kernels import cache
@@ -38,30 +38,9 @@ ARCH = 90
 LENGTHS = [(1,), (3,), (5, 2, 7), (128,), (129,), (17, 256, 1, 40), (90,) * 8, (256, 255) * 2]
 
 
-def make_batch(lengths: tuple[int, ...]) -> PackedBatch:
-    """A masked batch with random tokens, each tensor in an allocation of its own as on a GPU."""
-    vocab_size = CONFIG.vocab_size
-    rng = np.random.default_rng(sum(lengths))
-    ids = rng.integers(5, vocab_size, sum(lengths), dtype=np.int32)
-    cu = np.cumsum((0, *lengths), dtype=np.int32)
-    masker = SpanMasker(
-        np.ones(vocab_size, bool),
-        mask_token_id=4,
-        special_token_ids=[0, 1, 2, 3],
-        replacement_ids=ids.copy(),
-        mask_ratio=0.3,
-    )
-    masked = masker(ids, cu, np.arange(len(lengths)))._asdict()
-    tensors = {name: torch.from_numpy(array).clone() for name, array in masked.items()}
-    tensors["input_ids"] = tensors["input_ids"].long()
-    return PackedBatch(
-        **tensors,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        token_type_ids=torch.zeros(sum(lengths), dtype=torch.int64),
-        cu_seqlens=torch.from_numpy(cu).clone(),
-        max_seqlen=max(lengths),
-        sequence_ids=torch.arange(len(lengths)) + 7,
-    )
+def batch_of(lengths: tuple[int, ...]) -> PackedBatch:
+    """A masked batch of random tokens."""
+    return make_batch(lengths, CONFIG.vocab_size)
 
 
 def found(work: Callable[[], None]) -> list[Variant]:
@@ -111,7 +90,7 @@ def test_training_compiles_nothing() -> None:
     model = make_model().train()
     names = set()
     for lengths in LENGTHS:
-        variants = found(lambda: learn(model, make_batch(lengths)))  # noqa: B023
+        variants = found(lambda: learn(model, batch_of(lengths)))  # noqa: B023
         assert_all_cached(variants)
         names |= {variant.kernel for variant in variants}
     assert {name.split(".")[0] for name in names} == {
@@ -128,7 +107,7 @@ def test_training_compiles_nothing() -> None:
 
 def test_a_step_without_targets_compiles_nothing() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    batch = without_spans(make_batch((9, 30)))
+    batch = without_spans(batch_of((9, 30)))
     batch = dataclasses.replace(batch, mlm_positions=none, mlm_labels=none)
     assert_all_cached(found(lambda: learn(make_model().train(), batch)))
 
@@ -137,7 +116,7 @@ def test_a_step_with_very_many_labels_compiles_nothing() -> None:
     """So many that the slopes of the loss are taken in chunks, which compiles another variant."""
     num_rows = least_rows_of_two_chunks(CONFIG.vocab_size, torch.bfloat16, ARCH)
     assert num_rows is not None
-    batch = make_batch((100, 100))
+    batch = batch_of((100, 100))
     rows = torch.zeros(num_rows, dtype=torch.int64)
     batch = dataclasses.replace(batch, mlm_positions=rows, mlm_labels=rows)
     # A setting that is for float32 alone.
@@ -162,7 +141,7 @@ def test_evaluation_compiles_nothing(dtype: torch.dtype, is_mixed: bool, precisi
 
     @torch.no_grad()
     def work() -> None:
-        for batch in map(make_batch, LENGTHS):
+        for batch in map(batch_of, LENGTHS):
             model.score_packed(batch)
         model.forward_packed(batch, return_logits=True)
 
