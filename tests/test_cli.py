@@ -108,6 +108,11 @@ def test_documented_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     options, _, _ = given(monkeypatch, ["fill", "M", "a [MASK]", "[MASK] b", "--length", "1", "9"])
     assert (options.model, options.text, options.length) == ("M", ("a [MASK]", "[MASK] b"), (1, 9))
 
+    words = "warmup M --arch 80 90 --precision fp16 --max-length 384 --eval-only --json"
+    options, as_json, _ = given(monkeypatch, words.split())
+    assert (options.model, options.arch, options.precision) == ("M", (80, 90), "fp16")
+    assert (options.max_length, options.eval_only, as_json) == (384, True, True)
+
     for name in ("verify", "show"):
         assert given(monkeypatch, [name, "DIR"])[0].directory == Path("DIR")
     assert given(monkeypatch, ["doctor"])[2] == 0
@@ -263,6 +268,7 @@ def test_fill_reads_lines(
         ("prepare --input a --output b", "tokenizer is None and train_tokenizer is False"),
         ("evaluate m --data d --max-blocks -1", "max_blocks must not be negative, got -1"),
         ("verify absent", "no such folder: absent"),
+        ("warmup ./absent", "no such folder: ./absent"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -300,7 +306,9 @@ def test_verify_and_show(run: Path, capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "varlen_attention" in out(capsys, "doctor")
+    shown = out(capsys, "doctor")
+    assert "varlen_attention" in shown
+    assert "directory of compiled kernels" in shown
     assert json.loads(out(capsys, "doctor", "--json"))["checks"][0]["passed"] is True
 
 

@@ -17,6 +17,7 @@ from spanbert_fast.data.options import PrepareOptions
 from spanbert_fast.data.prepare import prepare
 from spanbert_fast.diagnose import machine
 from spanbert_fast.diagnose.folders import recognise, show, verify
+from spanbert_fast.kernels import cache
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.ops.dispatch import op_names, use_backend
 from spanbert_fast.train.checkpoint import save_checkpoint
@@ -83,7 +84,8 @@ def flip(path: Path, place: int) -> None:
 def test_doctor_finds_this_machine_healthy() -> None:
     report = machine.doctor()
     assert report.is_healthy, report.checks
-    assert len(report.checks) == 4
+    assert len(report.checks) == 5
+    assert report.checks[-1].detail.startswith(f"{cache.directory()}, {cache.VARIABLE} is")
     assert report.versions["torch"] == torch.__version__
     assert [choice.op for choice in report.backends] == op_names()
     assert {choice.backend for choice in report.backends} == {

@@ -130,6 +130,17 @@ def _run_doctor(_options: Any, as_json: bool) -> int:
     return 0 if report.is_healthy else _FAILURE
 
 
+def _run_warmup(options: Any, as_json: bool) -> int:
+    from spanbert_fast.cli import render
+    from spanbert_fast.diagnose.warmup import warmup
+
+    _hide_progress_bars()
+    if not Path(options.model).is_file():
+        _check_name(options.model)
+    render.warmed(warmup(options), as_json)
+    return 0
+
+
 def _run_verify(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.diagnose.folders import verify
@@ -183,6 +194,13 @@ COMMANDS = {
         "say what this machine offers and test it",
         "spanbert_fast.diagnose.options:DoctorOptions",
         _run_doctor,
+        has_json=True,
+    ),
+    "warmup": Command(
+        "compile a model's GPU kernels ahead of time",
+        "spanbert_fast.diagnose.options:WarmupOptions",
+        _run_warmup,
+        positional=("model",),
         has_json=True,
     ),
     "verify": Command(

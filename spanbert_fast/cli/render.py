@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spanbert_fast.data.options import PrepareSummary
     from spanbert_fast.diagnose.folders import ShowReport, VerifyReport
     from spanbert_fast.diagnose.machine import DoctorReport
+    from spanbert_fast.diagnose.warmup import WarmupReport
     from spanbert_fast.tasks.fill import FilledSpan
     from spanbert_fast.train.events import EvaluationResult
 
@@ -219,6 +220,31 @@ def doctor(report: DoctorReport, as_json: bool) -> None:
         title="backends",
     )
     _checks(console, "self-test", report.checks)
+
+
+def warmed(report: WarmupReport, as_json: bool) -> None:
+    """Every kernel with its variants, the totals, and where they are."""
+    if as_json:
+        print_json(report)
+        return
+    console = new_console()
+    rows = [
+        (f"sm_{k.arch}", k.kernel, k.compiled + k.cached, k.compiled, k.cached, f"{k.seconds:.1f}")
+        for k in report.kernels
+    ]
+    columns = ("for", "kernel", "variants", "compiled", "cached", "seconds")
+    title = "fp32" if report.precision == "fp32" else f"{report.precision} and fp32"
+    table(console, columns, rows, title=title, numbers=4)
+    facts(
+        console,
+        [
+            ("compiled", report.compiled),
+            ("cached", report.cached),
+            ("time", f"{report.seconds:.1f} s"),
+            ("directory", report.directory),
+        ],
+        title="total",
+    )
 
 
 def verified(report: VerifyReport, as_json: bool) -> None:

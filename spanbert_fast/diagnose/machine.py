@@ -69,6 +69,7 @@ def doctor() -> DoctorReport:
                 ("dropout masks: C++ equals torch", check_dropout_masks),
                 ("span sampler: known masks", check_sampler),
                 ("tiny model: packed equals padded", check_model),
+                ("directory of compiled kernels", check_kernel_cache),
             )
         ),
     )
@@ -157,6 +158,17 @@ def check_model() -> str:
     if not (abs(one - other) < 1e-4 and worst < 1e-3):
         raise ValueError(f"loss {one} and {other}, gradients differ by {worst:.1e}")
     return f"loss {one:.5f}, gradients differ by {worst:.0e} of the largest"
+
+
+def check_kernel_cache() -> str:
+    """Triton, if there is one, keeps compiled kernels in a directory that can be written."""
+    try:
+        from spanbert_fast.kernels import cache
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "none, triton is not installed"
+    return f"{cache.directory()}, {cache.VARIABLE} {'is' if cache.is_named() else 'is not'} set"
 
 
 def _labels(row: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ divisibility by 16 is what allows 16-byte loads. Offsets of rows are int64.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import triton
@@ -36,6 +37,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What settings are chosen for where there is no GPU: the interpreter and the simulator.
 _ARCHITECTURE_WITHOUT_GPU = 80
+# What they are chosen for inside `settings_for`.
+_ahead: int | None = None
 
 
 @triton.jit
@@ -100,9 +103,20 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
 def architecture(device: torch.device) -> int:
     """Compute capability as a number, such as 80, 90 or 100."""
     if device.type != "cuda":
-        return _ARCHITECTURE_WITHOUT_GPU
+        return _ARCHITECTURE_WITHOUT_GPU if _ahead is None else _ahead
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@contextmanager
+def settings_for(arch: int) -> Iterator[None]:
+    """Launches on CPU tensors have the settings of a GPU of this compute capability inside."""
+    global _ahead
+    before, _ahead = _ahead, arch
+    try:
+        yield
+    finally:
+        _ahead = before
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

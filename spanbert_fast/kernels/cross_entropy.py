@@ -162,7 +162,8 @@ def _problem(
 
 def _settings(tiles: _Tiles, rows: Tensor, num_classes: int) -> dict[str, Any]:
     """The arguments that all products share."""
-    exact = torch.get_float32_matmul_precision() == "highest"
+    # Operands of 16 bits know one precision: torch's setting must not compile another variant.
+    exact = rows.dtype is not torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "num_rows": rows.shape[0],
         "num_classes": num_classes,
@@ -312,6 +313,21 @@ def _chunk_size(num_rows: int, num_classes: int, itemsize: int, block: int) -> i
     num_blocks = -(-num_classes // block)
     most = max(_SLOPE_BYTES // max(num_rows * itemsize * block, 1), 1)
     return -(-num_blocks // -(-num_blocks // most)) * block
+
+
+def least_rows_of_two_chunks(num_classes: int, dtype: torch.dtype, arch: int) -> int | None:
+    """The least rows whose backward needs several chunks, a variant of its own; None: no number.
+
+    Args:
+        num_classes: Size of the vocabulary.
+        dtype: Of the rows.
+        arch: Compute capability, such as 80.
+    """
+    block = _product_tiles(arch, dtype).rows
+    num_blocks = -(-num_classes // block)
+    if num_blocks == 1:
+        return None
+    return _SLOPE_BYTES // (num_blocks * block * dtype.itemsize) + 1
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -82,7 +82,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 @contextmanager
 def twins_on_cpu() -> Iterator[None]:
-    """Lets the order `triton` reach CPU tensors; for whoever runs kernels in a simulator."""
+    """Lets the order `triton` reach CPU tensors: in a simulator, or to compile kernels ahead."""
     global _twins_run_on_cpu
     before = _twins_run_on_cpu
     _twins_run_on_cpu = True

@@ -27,28 +27,29 @@ def make_model() -> Model:
     return Model(config).train()
 
 
-def make_batch() -> PackedBatch:
-    """Three sequences with MLM and SBO targets."""
-    ids = np.random.default_rng(1).integers(5, VOCAB_SIZE, sum(LENGTHS), dtype=np.int32)
-    cu = np.cumsum((0, *LENGTHS), dtype=np.int32)
+def make_batch(lengths: tuple[int, ...] = LENGTHS, vocab_size: int = VOCAB_SIZE) -> PackedBatch:
+    """Sequences of random tokens with MLM and, where they are long enough, SBO targets."""
+    rng = np.random.default_rng(sum(lengths))
+    ids = rng.integers(5, vocab_size, sum(lengths), dtype=np.int32)
+    cu = np.cumsum((0, *lengths), dtype=np.int32)
     masker = SpanMasker(
-        np.ones(VOCAB_SIZE, bool),
+        np.ones(vocab_size, bool),
         mask_token_id=4,
         special_token_ids=[0, 1, 2, 3],
         replacement_ids=ids.copy(),
         mask_ratio=0.3,
     )
-    masked = masker(ids, cu, np.arange(3))._asdict()
-    tensors = {name: torch.from_numpy(array) for name, array in masked.items()}
+    masked = masker(ids, cu, np.arange(len(lengths)))._asdict()
+    # Each in an allocation of its own, as on a GPU.
+    tensors = {name: torch.from_numpy(array).clone() for name, array in masked.items()}
     tensors["input_ids"] = tensors["input_ids"].long()
-    assert len(tensors["sbo_targets"])
     return PackedBatch(
         **tensors,
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]),
-        token_type_ids=torch.zeros(sum(LENGTHS), dtype=torch.int64),
-        cu_seqlens=torch.from_numpy(cu),
-        max_seqlen=max(LENGTHS),
-        sequence_ids=torch.tensor([7, 8, 9]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        token_type_ids=torch.zeros(sum(lengths), dtype=torch.int64),
+        cu_seqlens=torch.from_numpy(cu).clone(),
+        max_seqlen=max(lengths),
+        sequence_ids=torch.arange(len(lengths)) + 7,
     )
 
 
@@ -59,8 +60,10 @@ def step(
     model = make_model().to(dtype)
     autocast = torch.autocast("cpu", precision, enabled=precision is not torch.float32)
     with use_backend(backend):
+        batch = make_batch()
+        assert len(batch.sbo_targets)
         with autocast:
-            loss = model.forward_packed(make_batch(), dropout_seed=torch.tensor(3)).loss
+            loss = model.forward_packed(batch, dropout_seed=torch.tensor(3)).loss
         loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
