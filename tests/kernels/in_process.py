@@ -15,33 +15,41 @@ ROOT = HERE.parents[1]
 SIMULATOR = Path(
     os.environ.get("SPANBERT_FAST_PTXSIM", str(ROOT.parent / "shared" / "tools" / "ptxsim"))
 )
+HAS_SIMULATOR = (SIMULATOR / "ptxsim").is_dir()
+NO_SIMULATOR = "ptxsim is absent: SPANBERT_FAST_PTXSIM names the directory that holds it"
+TIMEOUT = 280
 
-needs_simulator = pytest.mark.skipif(
-    not (SIMULATOR / "ptxsim").is_dir(),
-    reason="ptxsim is absent: SPANBERT_FAST_PTXSIM names the directory that holds it",
-)
+needs_simulator = pytest.mark.skipif(not HAS_SIMULATOR, reason=NO_SIMULATOR)
 
 
-def run_tests(name: str, selected: str, *, timeout: int = 280) -> None:
-    """Runs those tests of `name`.py whose names match `selected`; all have to pass.
+def command(path: Path, *options: str) -> list[str]:
+    """The command that runs a file of tests; goes with `environment`."""
+    common = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return [sys.executable, "-m", "pytest", *common, *options, str(path)]
+
+
+def environment(name: str) -> dict[str, str]:
+    """The environment for the tests of `name`.py.
 
     Triton reads `TRITON_INTERPRET` when a kernel is defined, so one process cannot do both.
     """
-    environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
-    environment.pop("TRITON_INTERPRET", None)
+    variables = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
+    variables.pop("TRITON_INTERPRET", None)
     if name.endswith("in_interpreter"):
-        environment["TRITON_INTERPRET"] = "1"
-    paths = [ROOT / "tests", ROOT, SIMULATOR, environment.get("PYTHONPATH", "")]
+        variables["TRITON_INTERPRET"] = "1"
+    paths = [ROOT / "tests", ROOT, SIMULATOR, variables.get("PYTHONPATH", "")]
     path = os.pathsep.join(str(each) for each in paths if str(each))
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    options = ["-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    options += [f"--timeout={timeout}", "-k", selected]
+    return variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def run_tests(name: str, selected: str) -> None:
+    """Runs those tests of `name`.py whose names match `selected`; all have to pass."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(HERE / f"{name}.py")],
+        command(HERE / f"{name}.py", "-x", f"--timeout={TIMEOUT}", "-k", selected),
         cwd=ROOT,
-        env=environment,
+        env=environment(name),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout + done.stderr

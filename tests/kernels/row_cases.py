@@ -17,6 +17,8 @@ from spanbert_fast import ops
 from spanbert_fast.ops.dispatch import twins_on_cpu, use_backend
 
 EPS = 1e-12
+MAX_BYTES = 90
+"""Of a token and layer, all norms, activations and embeddings, in units of the hidden size."""
 OPS = (
     "dropout_add_layer_norm",
     "bias_gelu",

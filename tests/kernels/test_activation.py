@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from kernels.in_process import needs_simulator, run_tests
 
 OP = "bias_gelu"
@@ -16,10 +14,3 @@ def test_twin_in_the_interpreter() -> None:
 @needs_simulator
 def test_compiled_kernels() -> None:
     run_tests("rows_in_simulator", f"{OP} and short")
-
-
-@needs_simulator
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_sweep_of_compiled_kernels() -> None:
-    run_tests("rows_in_simulator", f"{OP} and sweep", timeout=3600)

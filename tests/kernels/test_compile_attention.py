@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from kernels.in_process import run_tests
 
 
 def test_common_variants() -> None:
     run_tests("attention_compiled", "common or short or cheap")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_every_variant() -> None:
-    run_tests("attention_compiled", "every", timeout=3600)

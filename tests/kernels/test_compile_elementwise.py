@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from kernels.in_process import needs_simulator, run_tests
 
 
@@ -22,9 +20,3 @@ def test_offsets_beyond_2_31() -> None:
 @needs_simulator
 def test_traffic() -> None:
     run_tests("rows_traffic", "")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_every_variant() -> None:
-    run_tests("rows_compiled", "every", timeout=3600)

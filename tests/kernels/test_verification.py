@@ -1,0 +1,144 @@
+"""The summary of `make verify-kernels`, and the results that it is made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels import verify
+from kernels.verification import FILES, has_failed, load_results, render
+from kernels.verify import run_file
+
+
+def case(op: str | None, target: str | None, passed: bool = True, **rest: Any) -> dict[str, Any]:
+    usual = {"name": "test_law[x]", "function": "test_a_law", "dtypes": [], "seconds": 1.5}
+    return usual | {"op": op, "target": target, "passed": passed} | rest
+
+
+def result(*cases: dict[str, Any], source: str = "new", error: str = "") -> dict[str, Any]:
+    kept = {"source": source, "triton": "3.7.1", "date": "2026-11-26", "seconds": 9.0}
+    return kept | {"error": error, "cases": list(cases)}
+
+
+def rows(text: str, name: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_cases_are_summed_by_op_and_target() -> None:
+    found = result(
+        case("bias_gelu", "sm_80", dtypes=["bfloat16"]),
+        case("bias_gelu", "sm_80", False, dtypes=["float16", "float32"], name="test_law[y]"),
+        case("bias_gelu", "sm_90", dtypes=["bfloat16"]),
+        case(None, None),
+    )
+    text = render({"rows_compiled": found}, "new")
+    assert [row[1:] for row in rows(text, "rows_compiled")] == [
+        ["bias_gelu", "sm_80", "bf16, fp16, fp32", "2", "1", "1", "3.0", "3.7.1", "2026-11-26"],
+        ["bias_gelu", "sm_90", "bf16", "1", "1", "0", "1.5", "3.7.1", "2026-11-26"],
+        ["a law", "launches only", "bf16, fp32", "1", "1", "0", "1.5", "3.7.1", "2026-11-26"],
+    ]
+    assert "4 cases, 1 failed, 1 of 10 files" in text
+    assert "failed rows_compiled.**" in text
+    assert text.count("- `rows_compiled::test_law[y]`") == 1
+    assert has_failed(found)
+
+
+def test_complete_summary_says_so() -> None:
+    text = render({name: result(case("op", "sm_90")) for name in FILES}, "new")
+    assert "**Complete.** 10 cases, 0 failed, 10 of 10" in text
+    assert "## Failed" not in text
+    assert rows(text, "rows_far_in_interpreter")[0][2] == "interpreter"
+
+
+def test_results_of_other_kernels_are_marked_stale() -> None:
+    kept = {name: result(case("op", "sm_90")) for name in FILES}
+    kept["rows_traffic"] = result(case("op", "sm_90"), source="old")
+    text = render(kept, "new")
+    assert "**Incomplete: stale rows_traffic.**" in text
+    assert text.count("(stale)") == 1
+    assert rows(text, "rows_traffic")[0][0] == "`rows_traffic` (stale)"
+
+
+def test_a_process_that_died_is_a_failure() -> None:
+    died = result(case("op", "sm_80"), error="the process ended with -11")
+    text = render({"rows_in_simulator": died}, "new")
+    assert has_failed(died)
+    assert len(rows(text, "rows_in_simulator")) == 2
+    assert "- `rows_in_simulator`: the process ended with -11" in text
+
+
+def test_what_did_not_run_is_named() -> None:
+    text = render({}, "new", has_simulator=False)
+    assert "the simulator's part is missing" in text
+    assert all(rows(text, name)[0][1] == "not run" for name in FILES)
+
+
+def test_without_the_simulator_the_sweep_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    monkeypatch.setattr(verify, "HAS_SIMULATOR", False)
+    monkeypatch.setattr(verify, "RESULTS", tmp_path)
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setattr(verify, "SUMMARY", tmp_path / "summary" / "verification.md")
+    monkeypatch.setattr(verify, "run_file", lambda path, _: ran.append(path.stem) or result())
+    assert verify.main([]) == 1
+    compiled, interpreted = {"attention_compiled", "rows_compiled"}, {"rows_far_in_interpreter"}
+    interpreted |= {f"{name}_in_interpreter" for name in ("attention", "rows", "model")}
+    assert set(ran) == compiled | interpreted
+    assert "simulator's part is missing" in capsys.readouterr().out
+    assert "simulator's part is missing" in verify.SUMMARY.read_text()
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_exit_code_says_whether_anything_failed(
+    passed: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "HAS_SIMULATOR", True)
+    for name in ("RESULTS", "ROOT"):
+        monkeypatch.setattr(verify, name, tmp_path)
+    monkeypatch.setattr(verify, "SUMMARY", tmp_path / "verification.md")
+    monkeypatch.setattr(verify, "run_file", lambda *_: result(case("op", "sm_80", passed)))
+    assert verify.main(["--only", "rows_compiled"]) == code
+
+
+INNER = """\
+from typing import NamedTuple
+import pytest, torch
+class Variant(NamedTuple):
+    arch: int
+    kernel: str
+    dtypes: tuple
+@pytest.mark.parametrize("variant", [Variant(80, "forward", (torch.float16, None))])
+def test_fits(variant): pass
+@pytest.mark.parametrize("op", ["bias_gelu"])
+@pytest.mark.parametrize("target", [80, 90])
+def test_runs(op, target): assert target == 80
+def test_skipped(): pytest.skip("no reason")
+"""
+
+
+def test_outcomes_are_those_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "rows_compiled.py"
+    path.write_text(INNER)
+    found = run_file(path, tmp_path)
+    assert load_results(tmp_path) == {"rows_compiled": json.loads(json.dumps(found))}
+    cases = [(c["op"], c["target"], c["dtypes"], c["passed"]) for c in found["cases"]]
+    assert cases == [
+        ("attention_forward", "sm_80", ["float16"], True),
+        ("bias_gelu", "sm_80", [], True),
+        ("bias_gelu", "sm_90", [], False),
+        (None, None, [], False),
+    ]
+    assert not found["error"]
+    assert "assert 90 == 80" in (tmp_path / "rows_compiled.log").read_text()
+
+
+def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows_compiled.py"
+    path.write_text("import spanbert_fast.nothing")
+    assert run_file(path, tmp_path)["error"] == "the process ended with 2"

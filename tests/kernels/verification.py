@@ -1,0 +1,158 @@
+"""The summary of `make verify-kernels`: results of the inner files, kept as JSON, as one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kernels.in_process import ROOT
+
+RESULTS = ROOT / "build" / "verification"
+SUMMARY = ROOT / "benchmarks" / "kernels" / "verification.md"
+Result = dict[str, Any]
+
+
+class InnerFile(NamedTuple):
+    """What holds for those cases of a file whose parameters do not say it."""
+
+    op: str = ""
+    """Empty: the words of the test's name."""
+    target: str = "launches only"
+    dtypes: tuple[str, ...] = ()
+    needs_simulator: bool = False
+
+
+# The slowest come first, so that two processes end at about the same time.
+FILES = {
+    "attention_compiled": InnerFile(target="sm_90", dtypes=("bfloat16",)),
+    "rows_in_simulator": InnerFile(needs_simulator=True),
+    "rows_compiled": InnerFile(dtypes=("bfloat16", "float32")),
+    "attention_in_simulator": InnerFile("varlen_attention", needs_simulator=True),
+    "attention_in_interpreter": InnerFile("varlen_attention", "interpreter"),
+    "rows_in_interpreter": InnerFile("", "interpreter"),
+    "rows_far_in_interpreter": InnerFile("", "interpreter", ("float16",)),
+    "model_in_simulator": InnerFile("whole model", "sm_80", ("float32",), True),
+    "model_in_interpreter": InnerFile("whole model", "interpreter", ("float32",)),
+    "rows_traffic": InnerFile("", "sm_90", ("bfloat16", "float32"), True),
+}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_HEAD = """\
+# Verification of the Triton kernels
+
+Written by `make verify-kernels`, which runs all cases of every inner test file of `tests/kernels/`,
+each file in a process of its own. Nothing here ran on a GPU.
+
+- `*_in_interpreter`: the kernels' source under Triton's interpreter, against the reference.
+- `*_in_simulator`, `rows_traffic`: the compiled PTX of the target, executed by ptxsim on a CPU,
+  which finds accesses out of bounds, races and elements that nobody wrote.
+- `*_compiled`: machine code for the target, compiled and read, not executed.
+
+A case that is skipped counts as failed. Seconds are those of one of two processes at a time.
+"""
+_COLUMNS = (
+    "inner file",
+    "op or law",
+    "target",
+    "dtypes",
+    "cases",
+    "passed",
+    "failed",
+    "seconds",
+    "Triton",
+    "date",
+)
+
+
+def source_hash() -> str:
+    """Hash of the kernels' source: results with another one are stale."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "spanbert_fast" / "kernels").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def load_results(folder: Path) -> dict[str, Result]:
+    """The kept result of each inner file that has one."""
+    paths = {name: folder / f"{name}.json" for name in FILES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def has_failed(result: Result) -> bool:
+    return bool(result["error"]) or not all(case["passed"] for case in result["cases"])
+
+
+def render(results: dict[str, Result], present: str, *, has_simulator: bool = True) -> str:
+    """The summary as Markdown.
+
+    Args:
+        results: The kept result of each inner file that has one.
+        present: `source_hash` of the kernels as they are.
+        has_simulator: Whether ptxsim is there now.
+    """
+    cases = [case for result in results.values() for case in result["cases"]]
+    num_failed = sum(not case["passed"] for case in cases)
+    remarks = [
+        *_remark("not run", [name for name in FILES if name not in results]),
+        *_remark("stale", [n for n, each in results.items() if each["source"] != present]),
+        *_remark("failed", [name for name, each in results.items() if has_failed(each)]),
+    ]
+    if not has_simulator:
+        remarks.append("the simulator's part is missing: ptxsim was absent")
+    verdict = "Incomplete: " + "; ".join(remarks) if remarks else "Complete"
+    counts = f"{len(cases):,} cases, {num_failed:,} failed"
+    lines = [_HEAD, f"**{verdict}.** {counts}, {len(results)} of {len(FILES)} files have a result."]
+    lines += [f"Kernels' source: `{present}`.", ""]
+    lines += [_line(_COLUMNS), _line(["---"] * 4 + ["---:"] * 4 + ["---"] * 2)]
+    for name in FILES:
+        if name in results:
+            lines += [_line(row) for row in _rows(name, results[name], present)]
+        else:
+            lines.append(_line([f"`{name}`", "not run", *["-"] * 8]))
+    failures = list(_failures(results))
+    if failures:
+        lines += ["", "## Failed", "", *failures]
+    return "\n".join(lines) + "\n"
+
+
+def _remark(what: str, names: list[str]) -> list[str]:
+    return [f"{what} {', '.join(names)}"] if names else []
+
+
+def _rows(name: str, result: Result, present: str) -> Iterator[list[str]]:
+    """One row for each op and target, in the order in which they ran."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    usual = FILES[name]
+    for case in result["cases"]:
+        words = case["function"].removeprefix("test_").replace("_", " ")
+        # An interpreted case is of no GPU, whatever settings it was launched with.
+        target = usual.target if usual.target == "interpreter" else case["target"] or usual.target
+        groups.setdefault((case["op"] or usual.op or words, target), []).append(case)
+    label = f"`{name}`" if result["source"] == present else f"`{name}` (stale)"
+    end = [result["triton"], result["date"]]
+    for (op, target), cases in groups.items():
+        found = {dtype for case in cases for dtype in case["dtypes"]} or set(usual.dtypes)
+        dtypes = ", ".join(_SHORT[dtype] for dtype in _SHORT if dtype in found)
+        passed = sum(case["passed"] for case in cases)
+        numbers = [len(cases), passed, len(cases) - passed]
+        seconds = f"{sum(case['seconds'] for case in cases):.1f}"
+        yield [label, op, target, dtypes or "see the test", *map(str, numbers), seconds, *end]
+    if result["error"]:
+        yield [label, f"**{result['error']}**", *["-"] * 6, *end]
+
+
+def _failures(results: dict[str, Result]) -> Iterator[str]:
+    for name in FILES:
+        if name in results:
+            if results[name]["error"]:
+                yield f"- `{name}`: {results[name]['error']}"
+            for case in results[name]["cases"]:
+                if not case["passed"]:
+                    yield f"- `{name}::{case['name']}`"
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
