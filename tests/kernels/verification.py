@@ -35,6 +35,7 @@ FILES = {
     "rows_in_interpreter": InnerFile("", "interpreter"),
     "rows_far_in_interpreter": InnerFile("", "interpreter", ("float16",)),
     "model_in_simulator": InnerFile("whole model", "sm_80", ("float32",), True),
+    "model_without_sync": InnerFile("whole model", dtypes=("float32",)),
     "model_in_interpreter": InnerFile("whole model", "interpreter", ("float32",)),
     "rows_traffic": InnerFile("", "sm_90", ("bfloat16", "float32"), True),
 }
@@ -48,6 +49,8 @@ each file in a process of its own. Nothing here ran on a GPU.
 - `*_in_interpreter`: the kernels' source under Triton's interpreter, against the reference.
 - `*_in_simulator`, `rows_traffic`: the compiled PTX of the target, executed by ptxsim on a CPU,
   which finds accesses out of bounds, races and elements that nobody wrote.
+- `model_without_sync`: the host's side of a training step on tensors without values, where waiting
+  for the GPU would raise.
 - `*_compiled`: machine code for the target, compiled and read, not executed.
 
 A case that is skipped counts as failed. Seconds are those of one of two processes at a time.
