@@ -58,11 +58,11 @@ def boundary_table() -> Table:
 
 _SECTIONS = {
     "inputs": "All times are modelled from these; no GPU was at hand. Dropout, which adds "
-    "instructions but no bytes, and time on the host are left out. Values of data sheets and guides "
-    "are quoted from memory.",
-    "boundary": "The first SBO layer, forward. Split: gather, vendor's product, "
-    "one kernel for the rest. Whole rows: one kernel in which a program owns 16 rows "
-    "and streams the whole matrix from the second-level cache. SMs: the share of them that is at work.",
+    "instructions but no bytes, and time on the host are left out. Values of data sheets and "
+    "guides are quoted from memory.",
+    "boundary": "The first SBO layer, forward. Split: gather, vendor's product, one kernel for the "
+    "rest. Whole rows: one kernel in which a program owns 16 rows and streams the whole matrix "
+    "from the second-level cache. SMs: the share of them that is at work.",
 }
 
 

@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "cuda": Sizes(768, 12, 28996, 12, 512, 32, rounds=20, compiler="inductor"),
-    "cpu": Sizes(256, 2, 8000, 12, 512, 4, rounds=5, compiler="inductor"),
+    "cpu": Sizes(256, 2, 8000, 12, 512, 4, rounds=3, compiler="inductor"),
     # Every line is run by `make test`; nothing is to be learnt about speed.
     "smoke": Sizes(128, 1, 101, 2, 32, 4, rounds=1, compiler="eager"),
 }
