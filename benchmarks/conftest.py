@@ -1,0 +1,43 @@
+"""The one place that says on which device the benchmarks run, and what a run reports of it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from workload import Setting
+
+SETTING = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
+def setting() -> Setting:
+    """Device, dtype and sizes."""
+    return SETTING
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Other people's warnings stay warnings; compilers of peers get the time they need."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        item.add_marker(pytest.mark.timeout(1800))
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """Adds the GPU, versions and sizes to what pytest-benchmark saves."""
+    machine_info.update(SETTING.machine())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints each comparison with its ratio; above 1 ours is faster."""
+    if SETTING.rows:
+        terminalreporter.section("ours and peers, in turn, medians")
+        terminalreporter.write_line(f"{SETTING.machine()}")
+        for row in SETTING.rows:
+            terminalreporter.write_line(row)

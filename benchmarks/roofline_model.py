@@ -1,0 +1,300 @@
+"""Operations, bytes and modelled time of every kernel of a training step, for `roofline.py`.
+
+Nothing here was measured on a GPU. The time of a kernel is the largest of four bounds (tensor
+cores, special functions, memory, launches), as if each hid completely behind the largest. Counts of
+operations come from the package's formulas where it has some, bytes from shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.config import Config
+from spanbert_fast.kernels import cross_entropy
+from spanbert_fast.kernels.attention import flops as attention_flops
+from spanbert_fast.train.metrics import model_flops
+
+HALF, SINGLE = 2, 4
+"""Bytes of a number in bf16 and in float32."""
+BACKWARD_PRODUCTS = 7
+"""What the two backward kernels of attention compute: 3 for the queries, 4 for keys and values."""
+BOUNDS = ("tensor cores", "exp", "memory", "launches")
+
+
+def _input(source: str) -> Any:
+    return dataclasses.field(metadata={"source": source})
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model takes for granted about a GPU; the sources are printed with the values."""
+
+    name: str = _input("-")
+    num_sms: int = _input("data sheet")
+    peak_tflops: float = _input("data sheet: dense bf16 tensor cores, TFLOP/s")
+    product_fraction: float = _input("assumed: cuBLAS sustains 250 / 620 TFLOP/s")
+    fused_fraction: float = _input("assumed: cross-entropy kernels sustain 165 / 330 TFLOP/s")
+    attention_fraction: float = _input("assumed: 165 / 330 TFLOP/s; Triton's tutorial has 340")
+    memory_tbytes: float = _input("assumed: sustained TB/s, 86 % of the data sheet's 2.04 / 3.35")
+    cache_tbytes: float = _input("assumed: second-level cache, TB/s sustained")
+    cache_port: int = _input("assumed: bytes a clock from that cache into one SM")
+    vendor_tile: int = _input("assumed: rows and columns of a tile of a small cuBLAS product")
+    clock_ghz: float = _input("data sheet: boost clock")
+    exp_per_clock: int = _input("CUDA programming guide: special functions per SM and clock")
+    launch_us: float = _input("assumed: shortest distance of two kernels in a full queue")
+
+    @property
+    def exp_per_second(self) -> float:
+        """Special functions of the whole GPU."""
+        return self.num_sms * self.exp_per_clock * self.clock_ghz * 1e9
+
+
+GPUS = (
+    Gpu("A100 80 GB SXM", 108, 312, 0.80, 0.53, 0.53, 1.75, 4.0, 64, 64, 1.41, 16, 3.0),
+    Gpu("H100 SXM", 132, 989, 0.63, 0.33, 0.33, 2.90, 5.5, 64, 64, 1.755, 16, 3.0),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of a model and its batch."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    num_sequences: int
+    length: int = _input("full blocks of 512 tokens")
+    vocabulary: int = _input("BERT cased")
+    mlm_rows: int = _input("15 % of 510, per sequence")
+    sbo_rows: int = _input("synthetic text, per sequence")
+    spans: int = _input("synthetic text, per sequence")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.num_sequences * self.length
+
+    @property
+    def parameters(self) -> int:
+        """Matrices of layers and heads, and tables; vectors are left out."""
+        layers = 12 * self.layers * self.hidden**2
+        heads = (2 + 1 + 1) * self.hidden**2
+        return layers + heads + (self.vocabulary + 512 + 2) * self.hidden
+
+
+_WORKLOAD = (512, 28996, 77, 76, 15)
+MODELS = (
+    Model("base", 768, 12, 12, 32, *_WORKLOAD),
+    Model("large", 1024, 24, 16, 16, *_WORKLOAD),
+)
+
+
+class Kernel(NamedTuple):
+    """Work of all launches of a kernel in one step."""
+
+    name: str
+    launches: int
+    flops: float = 0.0
+    exps: float = 0.0
+    bytes: float = 0.0
+    kind: str = "product"
+    """Whose sustained fraction holds: "product" (cuBLAS), "fused" or "attention"."""
+
+
+class Time(NamedTuple):
+    """Modelled seconds of one kernel: the largest bound; `bounds` in the order of `BOUNDS`."""
+
+    kernel: Kernel
+    bounds: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the bounds."""
+        return max(self.bounds)
+
+    @property
+    def bound(self) -> str:
+        """Name of the largest."""
+        return BOUNDS[self.bounds.index(self.seconds)]
+
+
+def attention_kernels(model: Model) -> list[Kernel]:
+    """Attention of all layers: FLOPs of the forward by the registered formula."""
+    rows = torch.empty(model.tokens, model.heads, model.hidden // model.heads, device="meta")
+    cu = torch.arange(model.num_sequences + 1) * model.length
+    flops = attention_flops.forward_flops(rows, rows, rows, cu, model.length, 1.0, None)
+    product = flops / attention_flops.FORWARD_PRODUCTS * model.layers
+    scores = model.layers * model.tokens * model.length * model.heads
+    plane = model.layers * HALF * model.tokens * model.hidden
+    statistics = model.layers * SINGLE * model.tokens * model.heads
+    names = ("attention forward", "attention backward (queries)", "attention backward (keys)")
+    products, planes = (attention_flops.FORWARD_PRODUCTS, 3, BACKWARD_PRODUCTS - 3), (4, 6, 6)
+    return [
+        Kernel(
+            name, model.layers, count * product, scores, traffic * plane + statistics, "attention"
+        )
+        for name, count, traffic in zip(names, products, planes, strict=True)
+    ]
+
+
+def matrix_products(model: Model) -> list[Kernel]:
+    """Products of cuBLAS: layers, then heads; each has one product forward and two backward."""
+
+    def products(name: str, rows: int, inner: int, columns: int, count: int) -> Kernel:
+        operands = HALF * (rows * inner + inner * columns + rows * columns)
+        return Kernel(
+            name, 3 * count, 6 * count * rows * inner * columns, bytes=3 * count * operands
+        )
+
+    hidden, layers, tokens = model.hidden, model.layers, model.tokens
+    mlm, sbo, spans = (
+        model.num_sequences * rows for rows in (model.mlm_rows, model.sbo_rows, model.spans)
+    )
+    return [
+        products("product: query, key, value", tokens, hidden, 3 * hidden, layers),
+        products("product: attention output", tokens, hidden, hidden, layers),
+        products("product: feed-forward in", tokens, hidden, 4 * hidden, layers),
+        products("product: feed-forward out", tokens, 4 * hidden, hidden, layers),
+        products("product: MLM transform", mlm, hidden, hidden, 1),
+        products("product: SBO first layer", spans, 2 * hidden, hidden, 1),
+        products("product: SBO second layer", sbo, hidden, hidden, 1),
+    ]
+
+
+def row_kernels(model: Model) -> list[Kernel]:
+    """Kernels without products; bytes as the docstrings of `spanbert_fast.kernels` count them."""
+    hidden, layers, tokens = model.hidden, model.layers, model.tokens
+    plane, wide = HALF * tokens * hidden, HALF * tokens * 4 * hidden
+    mlm, sbo, spans = (
+        model.num_sequences * rows for rows in (model.mlm_rows, model.sbo_rows, model.spans)
+    )
+    transformed, targets = HALF * (mlm + sbo) * hidden, HALF * sbo * hidden
+    table = SINGLE * model.vocabulary * hidden
+    casts = model.parameters * (SINGLE + HALF)
+    return [
+        Kernel("norm forward", 2 * layers, bytes=2 * layers * 3 * plane),
+        Kernel("norm backward", 4 * layers, bytes=2 * layers * 5 * plane),
+        Kernel("GELU forward", layers, exps=4 * tokens * hidden * layers, bytes=layers * 2 * wide),
+        Kernel("GELU backward", 2 * layers, 0, 8 * tokens * hidden * layers, layers * 3 * wide),
+        Kernel("embedding forward", 1, bytes=3 * plane + plane),
+        Kernel("embedding backward", 2, bytes=plane + 2 * plane + 2 * plane),
+        Kernel("segment sums (3 tables)", 9, bytes=3 * 2 * plane + 2 * table),
+        Kernel("GELU + norm, heads, both ways", 4, bytes=5 * transformed),
+        Kernel("SBO first layer, both ways", 4, bytes=2 * targets + 3 * HALF * spans * hidden),
+        Kernel("SBO boundary sums", 6, bytes=4 * 2 * HALF * spans * hidden + plane),
+        Kernel("copies of weights in bf16 (autocast)", 6 * layers, bytes=casts),
+        Kernel("AdamW", 1, bytes=model.parameters * 7 * SINGLE),
+    ]
+
+
+def vocabulary_kernels(model: Model) -> list[Kernel]:
+    """Cross-entropy: four products by the registered formulas, and the slopes between them."""
+    rows = model.num_sequences * (model.mlm_rows + model.sbo_rows)
+    hidden, vocabulary = model.hidden, model.vocabulary
+    states = torch.empty(rows, hidden, device="meta")
+    matrix = torch.empty(vocabulary, hidden, device="meta")
+    losses, ops = torch.empty(rows, device="meta"), torch.ops.spanbert_fast_triton
+    forward = flop_registry[ops.linear_cross_entropy](states, matrix)
+    third = flop_registry[ops.linear_cross_entropy_backward](losses, losses, states, matrix) / 3
+    chunks = math.ceil(vocabulary / cross_entropy._chunk_size(rows, vocabulary, HALF, 128))
+    operands, slopes = HALF * hidden * (rows + vocabulary), HALF * rows * vocabulary
+    logits = rows * vocabulary
+    gradients = SINGLE * rows * hidden * 2 * chunks, SINGLE * vocabulary * hidden
+    return [
+        Kernel("cross-entropy forward", 2, forward, logits, operands, "fused"),
+        Kernel("cross-entropy slopes", chunks, third, logits, operands + slopes, "fused"),
+        Kernel("cross-entropy row gradient", chunks, third, 0, slopes + gradients[0], "fused"),
+        Kernel("cross-entropy matrix gradient", chunks, third, 0, slopes + gradients[1], "fused"),
+    ]
+
+
+def kernels(model: Model) -> list[Kernel]:
+    """All kernels of one step: forward, backward, optimizer."""
+    parts = (attention_kernels, matrix_products, row_kernels, vocabulary_kernels)
+    return [kernel for part in parts for kernel in part(model)]
+
+
+def time_of(gpu: Gpu, kernel: Kernel) -> Time:
+    """The four bounds of a kernel, as if each hid behind the largest."""
+    fraction = getattr(gpu, f"{kernel.kind}_fraction")
+    bounds = (
+        kernel.flops / (gpu.peak_tflops * 1e12 * fraction),
+        kernel.exps / gpu.exp_per_second,
+        kernel.bytes / (gpu.memory_tbytes * 1e12),
+        kernel.launches * gpu.launch_us * 1e-6,
+    )
+    return Time(kernel, bounds)
+
+
+def step_times(gpu: Gpu, model: Model) -> list[Time]:
+    """Of every kernel; the step is their sum."""
+    return [time_of(gpu, kernel) for kernel in kernels(model)]
+
+
+def flops_of_step(model: Model) -> float:
+    """What `train.metrics` counts for utilisation: products of the model, nothing recomputed."""
+    zeros = torch.zeros(model.tokens, dtype=torch.int64)
+    rows, spans = model.num_sequences * model.sbo_rows, model.num_sequences * model.spans
+    batch = PackedBatch(
+        input_ids=zeros,
+        position_ids=zeros,
+        token_type_ids=zeros,
+        cu_seqlens=torch.arange(model.num_sequences + 1, dtype=torch.int32) * model.length,
+        max_seqlen=model.length,
+        sequence_ids=zeros[: model.num_sequences],
+        mlm_positions=zeros[: model.num_sequences * model.mlm_rows],
+        mlm_labels=zeros[: model.num_sequences * model.mlm_rows],
+        sbo_left=zeros[:spans],
+        sbo_right=zeros[:spans],
+        sbo_cu=zeros[: spans + 1].int(),
+        sbo_targets=zeros[:rows],
+    )
+    config = Config(
+        vocab_size=model.vocabulary,
+        hidden_size=model.hidden,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        intermediate_size=4 * model.hidden,
+    )
+    return model_flops(config, batch)
+
+
+class Boundary(NamedTuple):
+    """Modelled seconds of two ways to compute the first SBO layer forward."""
+
+    split: float
+    """Gather, vendor's product of [R, 2 D], one kernel for the rest."""
+    whole_rows: float
+    """One kernel of programs that own 16 rows each."""
+    split_occupancy: float
+    whole_rows_occupancy: float
+
+
+def boundary_layer(gpu: Gpu, model: Model) -> Boundary:
+    """The first SBO layer by both ways; a program has no more than one SM's share of the GPU."""
+    spans, hidden = model.num_sequences * model.spans, model.hidden
+    rate = gpu.peak_tflops * 1e12 * gpu.product_fraction / gpu.num_sms
+    tiles = math.ceil(spans / gpu.vendor_tile) * math.ceil(hidden / gpu.vendor_tile)
+    waves = math.ceil(tiles / gpu.num_sms)
+    launch = gpu.launch_us * 1e-6
+    gather = 2 * 2 * HALF * spans * hidden / (gpu.memory_tbytes * 1e12)
+    product = waves * 2 * gpu.vendor_tile**2 * 2 * hidden / rate
+    targets = HALF * hidden * (spans + model.num_sequences * model.sbo_rows)
+    rest = targets / (gpu.memory_tbytes * 1e12)
+    split = sum(max(seconds, launch) for seconds in (gather, product, rest))
+    programs = math.ceil(spans / 16)
+    busy = min(programs, gpu.num_sms)
+    matrix = HALF * 2 * hidden**2
+    port = min(gpu.cache_port * gpu.clock_ghz * 1e9, gpu.cache_tbytes * 1e12 / busy)
+    turn = max(2 * 16 * 2 * hidden**2 / rate, matrix / port)
+    whole = math.ceil(programs / gpu.num_sms) * turn + rest
+    occupancy = tiles / (waves * gpu.num_sms), busy / gpu.num_sms
+    return Boundary(split, max(whole, launch), *occupancy)

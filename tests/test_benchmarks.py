@@ -1,0 +1,117 @@
+"""The benchmarks run, at sizes that say nothing about speed, and the roofline model adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(*arguments: str) -> str:
+    """What a Python process printed; it has to succeed."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        "SPANBERT_FAST_BENCH_SIZES": "smoke",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_benchmark_runs() -> None:
+    output = run("-m", "pytest", "benchmarks", "--benchmark-disable", "-p", "no:cacheprovider")
+    assert "step ragged-50" in output
+    assert "attention full-512" in output
+    # What this machine lacks is told, not passed over.
+    for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
+        assert reason in output
+
+
+@pytest.fixture
+def roofline(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton", reason="the formulas stand beside the kernels")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import roofline_model
+
+    return roofline_model
+
+
+def cases(roofline):
+    return [(gpu, model) for gpu in roofline.GPUS for model in roofline.MODELS]
+
+
+def test_the_committed_table_is_what_the_script_writes(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="the formulas stand beside the kernels")
+    run("benchmarks/roofline.py", "--markdown", str(tmp_path / "roofline.md"))
+    written = (tmp_path / "roofline.md").read_text()
+    assert written == (BENCHMARKS / "kernels" / "roofline.md").read_text()
+    titles = [line for line in written.splitlines() if line.startswith("## ")]
+    assert all("modelled" in title for title in titles)
+
+
+def test_no_kernel_beats_a_bound(roofline) -> None:
+    for gpu, model in cases(roofline):
+        for time in roofline.step_times(gpu, model):
+            assert time.seconds > 0
+            assert all(time.seconds >= bound for bound in time.bounds)
+            assert time.bounds[roofline.BOUNDS.index(time.bound)] == time.seconds
+
+
+def test_no_step_beats_the_peak_of_the_tensor_cores(roofline) -> None:
+    for gpu, model in cases(roofline):
+        step = sum(time.seconds for time in roofline.step_times(gpu, model))
+        ideal = roofline.flops_of_step(model) / (gpu.peak_tflops * 1e12)
+        assert 0.2 < ideal / step < max(gpu.product_fraction, gpu.attention_fraction)
+
+
+def test_products_hold_the_flops_of_the_model(roofline) -> None:
+    """What is computed is what the model needs, and what the kernels compute a second time."""
+    for model in roofline.MODELS:
+        work = {kernel.name: kernel.flops for kernel in roofline.kernels(model)}
+        forward = work["attention forward"]
+        per_layer = 4 * model.num_sequences * model.length**2 * model.hidden
+        assert forward == model.layers * per_layer
+        # Seven products in the backward where two forward ones have five or four in the model.
+        backward = work["attention backward (queries)"] + work["attention backward (keys)"]
+        assert backward == 3.5 * forward
+        again = 1.5 * forward + work["cross-entropy slopes"]
+        assert sum(work.values()) - again == pytest.approx(roofline.flops_of_step(model), rel=1e-3)
+
+
+def test_attention_formula_is_the_registered_one(roofline) -> None:
+    import torch
+
+    from spanbert_fast.kernels import attention  # noqa: F401, registers the formula
+
+    op = torch.ops.spanbert_fast.triton_varlen_attention
+    assert flop_registry[op] is roofline.attention_flops.forward_flops
+
+
+def test_twice_the_batch_takes_twice_the_time(roofline) -> None:
+    for gpu, model in cases(roofline):
+        twice = dataclasses.replace(model, num_sequences=2 * model.num_sequences)
+        once, both = (roofline.step_times(gpu, m) for m in (model, twice))
+        # The optimizer and the copies of the weights do not grow.
+        fixed = sum(t.seconds for t in once if t.kernel.name.startswith(("AdamW", "copies")))
+        before, after = (sum(t.seconds for t in times) - fixed for times in (once, both))
+        assert after == pytest.approx(2 * before, rel=0.02)
+
+
+def test_the_split_of_the_first_sbo_layer_is_argued(roofline) -> None:
+    for gpu, model in cases(roofline):
+        layer = roofline.boundary_layer(gpu, model)
+        assert layer.split < layer.whole_rows
+        assert layer.whole_rows_occupancy < layer.split_occupancy <= 1
