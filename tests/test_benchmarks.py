@@ -31,8 +31,12 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(600)
 def test_every_benchmark_runs() -> None:
-    output = run("-m", "pytest", "benchmarks", "--benchmark-disable", "-p", "no:cacheprovider")
+    options = ("--benchmark-disable", "-p", "no:cacheprovider")
+    # A compiled peer takes seconds, and takes the same lines with and without dropout.
+    selected = ("-k", "not (compiled and 0.0)")
+    output = run("-m", "pytest", "benchmarks", *options, *selected)
     assert "step ragged-50" in output
     assert "attention full-512" in output
     # What this machine lacks is told, not passed over.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kernels import verify
+from kernels import verification, verify
 from kernels.verification import FILES, has_failed, load_results, render
 from kernels.verify import run_file
 
@@ -142,3 +142,20 @@ def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows_compiled.py"
     path.write_text("import spanbert_fast.nothing")
     assert run_file(path, tmp_path)["error"] == "the process ended with 2"
+
+
+def test_prose_leaves_results_fresh_and_code_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "spanbert_fast" / "kernels" / "norm.py"
+    kernel.parent.mkdir(parents=True)
+    monkeypatch.setattr(verification, "ROOT", tmp_path)
+    hashes = []
+    for text in (
+        "def f(x):\n    \"\"\"One.\"\"\"\n    return x + 1\n",
+        "def f(x):\n    \"\"\"Two.\"\"\"\n    # Why.\n    return x + 1\n",
+        "def f(x):\n    \"\"\"Two.\"\"\"\n    return x + 2\n",
+    ):
+        kernel.write_text(text)
+        hashes.append(verification.source_hash())
+    assert hashes[0] == hashes[1] != hashes[2]

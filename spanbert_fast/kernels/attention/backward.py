@@ -2,7 +2,7 @@
 
 Seven products instead of the five of a single kernel, for gradients that are equal in every run.
 The first kernel also writes `delta`, the sum of output * its gradient over a head less the gradient
-of the log-sum-exp; the second reads it.
+of the log-sum-exp, under dropout times the probability of keeping; the second reads it.
 """
 
 import triton
