@@ -3,11 +3,12 @@
 The products stay with the vendor's library, on the boundary states of each span and the vectors of
 each slot; one kernel forward and one backward do the rest. A kernel with the product inside would
 have to own whole rows, for the norm: some 30 programs a step, each streaming the whole matrix, 2.5
-to 4 times the modelled time (`benchmarks/kernels/roofline.md`). A program holds the boundary part of a
-few spans in registers and walks over their slots, so the part is read once per span, not once per
-target, and its gradient is summed in registers. The slots' gradient is summed over the spans of a
-program and then over programs. A token bounds at most two spans; the two gradients meet in a sum
-over sorted keys (`kernels.segments`). No atomics anywhere.
+to 4 times the modelled time (`benchmarks/kernels/roofline.md`).
+
+A program holds the boundary part of a few spans in registers and walks over their slots, so the
+part is read once per span, not once per target, and its gradient is summed in registers. The slots'
+gradient is summed over the spans of a program and then over programs. A token bounds at most two
+spans; the two gradients meet in a sum over sorted keys (`kernels.segments`). No atomics anywhere.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def test_cases_are_summed_by_op_and_target() -> None:
         ["bias_gelu", "sm_90", "bf16", "1", "1", "0", "1.5", "3.7.1", "2026-11-26"],
         ["a law", "launches only", "bf16, fp32", "1", "1", "0", "1.5", "3.7.1", "2026-11-26"],
     ]
-    assert "4 cases, 1 failed, 1 of 10 files" in text
+    assert "4 cases, 1 failed, 1 of 11 files" in text
     assert "failed rows_compiled.**" in text
     assert text.count("- `rows_compiled::test_law[y]`") == 1
     assert has_failed(found)
@@ -49,7 +49,7 @@ def test_cases_are_summed_by_op_and_target() -> None:
 
 def test_complete_summary_says_so() -> None:
     text = render({name: result(case("op", "sm_90")) for name in FILES}, "new")
-    assert "**Complete.** 10 cases, 0 failed, 10 of 10" in text
+    assert "**Complete.** 11 cases, 0 failed, 11 of 11" in text
     assert "## Failed" not in text
     assert rows(text, "rows_far_in_interpreter")[0][2] == "interpreter"
 
@@ -87,7 +87,8 @@ def test_without_the_simulator_the_sweep_fails(
     monkeypatch.setattr(verify, "SUMMARY", tmp_path / "summary" / "verification.md")
     monkeypatch.setattr(verify, "run_file", lambda path, _: ran.append(path.stem) or result())
     assert verify.main([]) == 1
-    compiled, interpreted = {"attention_compiled", "rows_compiled"}, {"rows_far_in_interpreter"}
+    compiled = {"attention_compiled", "rows_compiled", "model_without_sync"}
+    interpreted = {"rows_far_in_interpreter"}
     interpreted |= {f"{name}_in_interpreter" for name in ("attention", "rows", "model")}
     assert set(ran) == compiled | interpreted
     assert "simulator's part is missing" in capsys.readouterr().out
@@ -152,9 +153,9 @@ def test_prose_leaves_results_fresh_and_code_does_not(
     monkeypatch.setattr(verification, "ROOT", tmp_path)
     hashes = []
     for text in (
-        "def f(x):\n    \"\"\"One.\"\"\"\n    return x + 1\n",
-        "def f(x):\n    \"\"\"Two.\"\"\"\n    # Why.\n    return x + 1\n",
-        "def f(x):\n    \"\"\"Two.\"\"\"\n    return x + 2\n",
+        'def f(x):\n    """One."""\n    return x + 1\n',
+        'def f(x):\n    """Two."""\n    # Why.\n    return x + 1\n',
+        'def f(x):\n    """Two."""\n    return x + 2\n',
     ):
         kernel.write_text(text)
         hashes.append(verification.source_hash())
