@@ -35,7 +35,7 @@ FILES = {
     "attention_in_interpreter": InnerFile("varlen_attention", "interpreter"),
     "rows_in_interpreter": InnerFile("", "interpreter"),
     "rows_far_in_interpreter": InnerFile("", "interpreter", ("float16",)),
-    "model_in_simulator": InnerFile("whole model", "sm_80", ("float32",), True),
+    "model_in_simulator": InnerFile("whole model", "sm_80", ("bfloat16", "float32"), True),
     "model_without_sync": InnerFile("whole model", dtypes=("float32",)),
     "model_in_interpreter": InnerFile("whole model", "interpreter", ("float32",)),
     "rows_traffic": InnerFile("", "sm_90", ("bfloat16", "float32"), True),
