@@ -65,7 +65,8 @@ def make_peer(model: Model, attention: str) -> BertForMaskedLM:
 
 
 def autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast(setting.device.type, setting.dtype)
+    is_mixed = setting.dtype is not torch.float32
+    return torch.autocast(setting.device.type, setting.dtype, enabled=is_mixed)
 
 
 def step_of(setting: Setting, module: nn.Module, loss: Callable[[], Tensor]) -> Step:
@@ -150,7 +151,8 @@ def workload(request: pytest.FixtureRequest, setting: Setting) -> tuple[str, Pac
     ours = observe_ours(setting, model, few)
     assert relative_error(ours["loss"], exact["loss"]) < 5e-3
     for name, factor in (("encoder", 2), ("gradients", 3)):
-        allowed = factor * relative_error(theirs[name], exact[name])
+        # In float32 both are exact but for the order of sums.
+        allowed = factor * max(relative_error(theirs[name], exact[name]), 1e-5)
         assert relative_error(ours[name], exact[name]) <= allowed, name
     return request.param, make_batch(setting, request.param)
 
@@ -177,7 +179,7 @@ def test_hugging_face(
     name, batch = workload[0], without_spans(workload[1])
     model = make_model(setting, dropout)
     peer = peer_step(setting, model, batch, kind)
-    title = f"step {name}, {setting.dtype} autocast, dropout {dropout}, Hugging Face {kind}"
+    title = f"step {name}, {setting.dtype}, dropout {dropout}, Hugging Face {kind}"
     compare(benchmark, setting, title, our_step(setting, model, batch), peer, dropout)
 
 
@@ -194,7 +196,7 @@ def test_span_boundary_objective(
     words = our_step(setting, model, without_spans(batch))
     both = our_step(setting, model, batch)
     assert float(both()) > float(words())
-    title = f"step {name}, {setting.dtype} autocast, dropout {dropout}, ours with SBO"
+    title = f"step {name}, {setting.dtype}, dropout {dropout}, ours with SBO"
     time_in_turn(benchmark, setting, title, words, both)
 
 
@@ -220,5 +222,5 @@ def test_backend_torch(
 
         return run
 
-    title = f"step {name}, {setting.dtype} autocast, dropout {dropout}, our torch backend"
+    title = f"step {name}, {setting.dtype}, dropout {dropout}, our torch backend"
     compare(benchmark, setting, title, step("triton"), step("torch"), dropout=0.0)

@@ -8,10 +8,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from workload import Setting
+from workload import Setting, choose_setting
 
-SETTING = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+SETTING = choose_setting()
 
 
 @pytest.fixture(scope="session")

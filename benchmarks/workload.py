@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spanbert_fast import Config, SpanMasker
 from spanbert_fast.batch import PackedBatch
+from spanbert_fast.train.machine import autocast_dtype, choose_precision
 
 RAGGED = (512, 256, 160, 96)
 WORKLOADS = ("full-512", "ragged-50")
@@ -49,7 +50,8 @@ class Setting:
     """The machine of this run and the sizes that it gets."""
 
     device: torch.device
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
+    """Of matrix products, on both sides."""
     rows: list[str] = field(default_factory=list)
     """One line for each comparison, for the end of the run."""
 
@@ -93,6 +95,18 @@ class Setting:
             "threads": torch.get_num_threads(),
             "sizes": self.sizes._asdict(),
         }
+
+
+def choose_setting() -> Setting:
+    """A GPU if there is one, and the precision that pre-training would choose there.
+
+    A CPU without bf16 products emulates them, some 20 times slower: nobody trains that way. The
+    smoke run takes bf16 everywhere, because its path is the one with autocast.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_smoke = os.environ.get("SPANBERT_FAST_BENCH_SIZES") == "smoke"
+    precision = choose_precision("bf16" if is_smoke else "auto", device)
+    return Setting(device, autocast_dtype(precision))
 
 
 def make_batch(setting: Setting, workload: str, num_sequences: int | None = None) -> PackedBatch:
