@@ -15,10 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PINS = ["torch==2.13.0", "transformers==5.23.0"]
 DEVELOPMENT = [
-    "triton==3.7.1", "accelerate", "build", "clang-format", "datasets", "hypothesis", "mypy", "onnx",
-    "onnxruntime", "onnxscript", "peft",
-    "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy",
-    "sentence-transformers",
+    "triton==3.7.1", "accelerate", "build", "clang-format", "datasets", "hypothesis", "mypy",
+    "onnx", "onnxruntime", "onnxscript", "peft", "pytest", "pytest-benchmark", "pytest-timeout",
+    "pytest-xdist", "ruff", "scipy", "sentence-transformers",
 ]  # fmt: skip
 
 
