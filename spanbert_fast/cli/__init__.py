@@ -130,6 +130,14 @@ def _run_doctor(_options: Any, as_json: bool) -> int:
     return 0 if report.is_healthy else _FAILURE
 
 
+def _run_plan(options: Any, as_json: bool) -> int:
+    from spanbert_fast.cli.budget_view import planned
+    from spanbert_fast.diagnose.budget import plan
+
+    planned(plan(options), as_json)
+    return 0
+
+
 def _run_warmup(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.diagnose.warmup import warmup
@@ -188,6 +196,12 @@ COMMANDS = {
         _run_convert,
         positional=("source", "output"),
         renamed={"source_format": "from"},
+        has_json=True,
+    ),
+    "plan": Command(
+        "say what a pre-training run needs",
+        "spanbert_fast.diagnose.options:PlanOptions",
+        _run_plan,
         has_json=True,
     ),
     "doctor": Command(

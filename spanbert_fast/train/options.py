@@ -24,8 +24,8 @@ MASKING_KEYS = (
     "scheme",
     "replacement",
 )
-# Rows of a micro-batch that fit the activations of a base model into a few gigabytes.
-_MICRO_BATCH_TOKENS = 16_384
+MICRO_BATCH_TOKENS = 16_384
+"""Rows of a micro-batch that fit the activations of a base model into a few gigabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
 
         values["threads"] = torch.get_num_threads()
     if isinstance(tokens := values["global_batch_tokens"], int):
-        values.setdefault("micro_batches", max(1, math.ceil(tokens / _MICRO_BATCH_TOKENS)))
+        values.setdefault("micro_batches", max(1, math.ceil(tokens / MICRO_BATCH_TOKENS)))
     if missing := [name for name in ("data", "output") if name not in values]:
         raise ValueError(f"{missing[0]} must be given, on the command line or in the file")
     names = {f.name for f in dataclasses.fields(Settings)}
