@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spanbert_fast.ops.attention import varlen_attention
 from spanbert_fast.ops.random import attention_keep_mask, dropout_threshold
+
+
+def mix_values(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    is_eager: bool,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Mixed values [T, H, K] and, with `is_eager`, probabilities; arguments as below."""
+    if is_eager:
+        return eager_attention(query, key, value, cu_seqlens, max_seqlen, **arguments)
+    return varlen_attention(query, key, value, cu_seqlens, max_seqlen, **arguments), None
 
 
 def eager_attention(
