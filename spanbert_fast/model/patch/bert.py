@@ -102,18 +102,17 @@ class PackedModel(Packed, serves="BertModel"):
                 cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx
             ),
         )
-        encoded: Output = self._encode(inputs, return_dict=True, **kwargs)
+        # Here, not in `_encode`: what a compiler cannot trace comes before the layers.
+        encoded: Output = self._encode(
+            inputs, self._packed_call(inputs), return_dict=True, **kwargs
+        )
         output = self._unpack(inputs, encoded)
         return output.to_tuple() if return_dict is False else output
 
     @capture_outputs  # type: ignore[untyped-decorator]
-    def _encode(self, inputs: PackedInputs, **_: Any) -> Output:
+    def _encode(self, inputs: PackedInputs, call: PackedCall, **_: Any) -> Output:
         """The last hidden state [1, T, D]; Hugging Face's decorator adds what it recorded."""
         batch, embeds = inputs.batch, inputs.inputs_embeds
-        layout = Layout(
-            batch.cu_seqlens, batch.max_seqlen, batch.sequence_ids, self._seed(batch.cu_seqlens)
-        )
-        call = PackedCall(layout)
         ids = None if embeds is not None else batch.input_ids[None]
         given = None if embeds is None else embeds[None]
         types, positions = batch.token_type_ids[None], batch.position_ids[None]
@@ -132,6 +131,16 @@ class PackedModel(Packed, serves="BertModel"):
                 last if value is rows else _unpacked(inputs, name, value) for value in encoded[name]
             )
         return output
+
+    def _packed_call(self, inputs: PackedInputs) -> PackedCall:
+        batch = inputs.batch
+        layout = Layout(
+            batch.cu_seqlens, batch.max_seqlen, batch.sequence_ids, self._seed(batch.cu_seqlens)
+        )
+        padding = getattr(self.embeddings.word_embeddings, "padding_idx", None)
+        if padding is None or inputs.inputs_embeds is not None or not torch.is_grad_enabled():
+            return PackedCall(layout)
+        return PackedCall(layout, has_padding_token=bool((batch.input_ids == padding).any()))
 
     def _seed(self, like: Tensor) -> Tensor | None:
         """From torch's default generator, int64 scalar; None if nothing is dropped."""

@@ -69,7 +69,9 @@ class PackedEmbeddings(Packed, serves="BertEmbeddings"):
         assert position_ids is not None
         assert token_type_ids is not None
         words = inputs_embeds
-        if words is None and self._must_call_words(input_ids):
+        # The vector of the padding token has no gradient: its table sees to that, when called.
+        must_call = packed_call.has_padding_token or not _is_plain_table(self.word_embeddings)
+        if words is None and must_call:
             words = self.word_embeddings(input_ids)
         p = dropout_of(self.dropout)
         norm = self.LayerNorm
@@ -100,16 +102,6 @@ class PackedEmbeddings(Packed, serves="BertEmbeddings"):
             **packed_call.layout.dropout(p, 0),
         )
         return rows[None]
-
-    def _must_call_words(self, input_ids: Tensor | None) -> bool:
-        words = self.word_embeddings
-        if not _is_plain_table(words):
-            return True
-        # The vector of the padding token has no gradient: its table sees to that.
-        padding = words.padding_idx
-        return (
-            padding is not None and torch.is_grad_enabled() and bool((input_ids == padding).any())
-        )
 
 
 def _is_plain_table(table: nn.Module) -> bool:

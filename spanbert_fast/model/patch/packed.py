@@ -25,6 +25,8 @@ class PackedCall(NamedTuple):
     """What patched modules hand down beside the rows."""
 
     layout: Layout
+    has_padding_token: bool = False
+    """Whether the padding token stands in a place that is not padding."""
     layer: int = 0
     """Index of the layer."""
 
