@@ -118,7 +118,7 @@ def assert_close(ours: Any, theirs: Any, mask: Tensor) -> None:
 def assert_equal_gradients(ours: nn.Module, theirs: nn.Module) -> None:
     """The same gradient, or none, for every parameter."""
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    assert sum(gradient is not None for gradient in expected.values()) > 30
+    assert sum(gradient is not None for gradient in expected.values()) > 20
     for name, parameter in ours.named_parameters():
         theirs_grad = expected[name]
         assert (parameter.grad is None) == (theirs_grad is None), name

@@ -300,7 +300,7 @@ def test_fewer_layers_and_a_larger_vocabulary() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled() -> None:
-    theirs, ours = pair(HEAD)
+    theirs, ours = pair(HEAD, num_hidden_layers=1)
     compiled = torch.compile(ours, backend="aot_eager")
     output = compiled(**learning())
     output.loss.backward()
