@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.whole_model import assert_twins_agree
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, DataCollatorWithFlattening
 
 import spanbert_fast as sf
+from kernels.whole_model import assert_twins_agree
 from spanbert_fast import Config, Model, use_backend
 
 LENGTHS = (11, 1, 6)
