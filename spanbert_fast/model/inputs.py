@@ -35,12 +35,22 @@ class PackedInputs:
     inputs_embeds: Tensor | None
     """[T, D]."""
 
+    @property
+    def has_one_sequence_per_row(self) -> bool:
+        """Whether the sequences are the rows as given, with or without padding."""
+        return self.batch.cu_seqlens.shape[0] - 1 == self.shape[0]
+
     def unpack(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...], zero in the padding."""
         if self.kept is not None:
             empty = rows.new_zeros((self.shape[0] * self.shape[1], *rows.shape[1:]))
             rows = empty.index_copy(0, self.kept, rows)
         return rows.view(*self.shape, *rows.shape[1:])
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.kept is None else flat.index_select(0, self.kept)
 
     def first_rows(self, rows: Tensor) -> Tensor:
         """[T, D] -> the first token of each sequence [sequences, D], zero where there is none."""

@@ -114,6 +114,26 @@ def test_as_tuple_and_by_configuration() -> None:
     assert len(ours(ids, mask)) == len(theirs(ids, mask)) == 5
 
 
+@pytest.mark.parametrize("name", ["hidden_states", "attentions"])
+def test_gradients_of_what_is_returned(name: str) -> None:
+    """The layers read the very tensors that are returned."""
+    theirs, ours = pair("BertModel", attn_implementation="eager")
+    kept = batch()["attention_mask"].bool()
+    gradients = []
+    for model in (theirs, ours):
+        output = model(**batch(), output_hidden_states=True, output_attentions=True)
+        for value in output[name]:
+            value.retain_grad()
+        output.last_hidden_state[kept].pow(2).sum().backward()
+        gradients.append([value.grad for value in output[name]])
+    for a, b in zip(*gradients, strict=True):
+        mask = kept[:, None, :, None] & kept[:, None, None, :] if name == "attentions" else kept
+        mask = mask.expand_as(a) if name == "attentions" else mask
+        slack = 1e-5 * max(1.0, float(a.abs().max()))
+        torch.testing.assert_close(b[mask], a[mask], rtol=0, atol=slack)
+        assert a[mask].abs().max() > 0
+
+
 @torch.no_grad()
 def test_some_hidden_states() -> None:
     """Hugging Face's own recorder decides which states are kept, by its version."""

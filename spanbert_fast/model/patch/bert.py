@@ -103,16 +103,17 @@ class PackedModel(Packed, serves="BertModel"):
             ),
         )
         # Here, not in `_encode`: what a compiler cannot trace comes before the layers.
-        encoded: Output = self._encode(
-            inputs, self._packed_call(inputs), return_dict=True, **kwargs
-        )
-        output = self._unpack(inputs, encoded)
+        call = self._packed_call(inputs)
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+            call = call._replace(states=[])
+        encoded: Output = self._encode(call, return_dict=True, **kwargs)
+        output = self._unpack(call, encoded)
         return output.to_tuple() if return_dict is False else output
 
     @capture_outputs  # type: ignore[untyped-decorator]
-    def _encode(self, inputs: PackedInputs, call: PackedCall, **_: Any) -> Output:
+    def _encode(self, call: PackedCall, **_: Any) -> Output:
         """The last hidden state [1, T, D]; Hugging Face's decorator adds what it recorded."""
-        batch, embeds = inputs.batch, inputs.inputs_embeds
+        batch, embeds = call.inputs.batch, call.inputs.inputs_embeds
         ids = None if embeds is not None else batch.input_ids[None]
         given = None if embeds is None else embeds[None]
         types, positions = batch.token_type_ids[None], batch.position_ids[None]
@@ -120,15 +121,20 @@ class PackedModel(Packed, serves="BertModel"):
         encoded = call_packed(self.encoder, rows, packed_call=call)
         return Output(last_hidden_state=encoded.last_hidden_state)
 
-    def _unpack(self, inputs: PackedInputs, encoded: Output) -> Output:
-        rows = encoded.last_hidden_state
+    def _unpack(self, call: PackedCall, encoded: Output) -> Output:
+        rows, inputs = encoded.last_hidden_state, call.inputs
         assert rows is not None
         last = inputs.unpack(rows[0])
         pooled = None if self.pooler is None else self.pooler(inputs.first_rows(rows[0])[:, None])
         output = Output(last_hidden_state=last, pooler_output=pooled)
         for name in [name for name in encoded if name != "last_hidden_state"]:
-            output[name] = tuple(
-                last if value is rows else _unpacked(inputs, name, value) for value in encoded[name]
+            output[name] = encoded[name]
+        if call.states is not None:
+            # Which states are kept is the decorator's decision; some versions leave out the first.
+            states, recorded = [*call.states, last], encoded.hidden_states or ()
+            chosen = zip(recorded, states[len(states) - len(recorded) :], strict=True)
+            output.hidden_states = tuple(
+                None if record is None else state for record, state in chosen
             )
         return output
 
@@ -139,8 +145,10 @@ class PackedModel(Packed, serves="BertModel"):
         )
         padding = getattr(self.embeddings.word_embeddings, "padding_idx", None)
         if padding is None or inputs.inputs_embeds is not None or not torch.is_grad_enabled():
-            return PackedCall(layout)
-        return PackedCall(layout, has_padding_token=bool((batch.input_ids == padding).any()))
+            return PackedCall(layout, inputs)
+        return PackedCall(
+            layout, inputs, has_padding_token=bool((batch.input_ids == padding).any())
+        )
 
     def _seed(self, like: Tensor) -> Tensor | None:
         """From torch's default generator, int64 scalar; None if nothing is dropped."""
@@ -168,9 +176,3 @@ class PackedModel(Packed, serves="BertModel"):
                 f"attn_implementation of a patched BERT must be one of {ATTENTIONS}, "
                 f"got {config._attn_implementation!r}"
             )
-
-
-def _unpacked(inputs: PackedInputs, name: str, value: Tensor | None) -> Tensor | None:
-    if value is None:
-        return None
-    return inputs.unpack(value[0]) if name == "hidden_states" else inputs.unpack_attention(value)

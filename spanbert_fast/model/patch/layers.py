@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from spanbert_fast.model.eager_attention import mix_values
+from spanbert_fast.model.eager_attention import eager_probabilities, mix_values
 from spanbert_fast.model.encoder import joined_products
 from spanbert_fast.model.patch.packed import (
     Packed,
@@ -140,7 +140,7 @@ class PackedSelfAttention(Packed, serves="BertSelfAttention"):
         packed_call: PackedCall | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mixed values [1, T, D] and, if eager, probabilities [sequences, H, S, S]."""
+        """Mixed values [1, T, D] and, if eager, probabilities [B, H, S, S]."""
         if packed_call is None:
             given: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, attention_mask, past_key_values, **kwargs
@@ -148,19 +148,22 @@ class PackedSelfAttention(Packed, serves="BertSelfAttention"):
             return given
         shape = (-1, self.num_attention_heads, self.attention_head_size)
         query, key, value = (rows.reshape(shape) for rows in self._project(hidden_states))
-        layout = packed_call.layout
+        layout, inputs = packed_call.layout, packed_call.inputs
+        place = (layout.cu_seqlens, layout.max_seqlen)
         p = float(self.dropout.p) if self.training else 0.0
-        mixed, probabilities = mix_values(
-            query,
-            key,
-            value,
-            layout.cu_seqlens,
-            layout.max_seqlen,
-            scale=self.scaling,
-            is_eager=self._is_eager(),
-            **layout.dropout(p, 1 + 3 * packed_call.layer),
-        )
-        return mixed.flatten(-2)[None], probabilities
+        arguments = layout.dropout(p, 1 + 3 * packed_call.layer) | {"scale": self.scaling}
+        is_eager = self._is_eager()
+        if not is_eager or not inputs.has_one_sequence_per_row:
+            mixed, probabilities = mix_values(
+                query, key, value, *place, is_eager=is_eager, **arguments
+            )
+            return mixed.flatten(-2)[None], probabilities
+        # The product is of the very probabilities that are returned, so that `retain_grad` on them
+        # works as in Hugging Face.
+        weights = inputs.unpack_attention(eager_probabilities(query, key, *place, **arguments))
+        weights = weights.to(query.dtype)
+        mixed = inputs.pack((weights @ inputs.unpack(value).transpose(1, 2)).transpose(1, 2))
+        return mixed.flatten(-2)[None], weights
 
 
 class _PackedResidual(Packed):
@@ -274,7 +277,12 @@ class PackedEncoder(Packed, serves="BertEncoder"):
                 hidden_states, *args, **kw
             )
             return given
+        inputs, states = packed_call.inputs, packed_call.states
         for index, layer in enumerate(self.layer):
+            if states is not None:
+                # The layer reads what is returned, so that `retain_grad` works on it.
+                states.append(inputs.unpack(hidden_states[0]))
+                hidden_states = inputs.pack(states[-1])[None]
             hidden_states = call_packed(
                 layer, hidden_states, packed_call=packed_call._replace(layer=index)
             )

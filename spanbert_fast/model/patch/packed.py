@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from spanbert_fast.model.encoder import Layout, is_plain
+from spanbert_fast.model.inputs import PackedInputs
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -25,6 +26,9 @@ class PackedCall(NamedTuple):
     """What patched modules hand down beside the rows."""
 
     layout: Layout
+    inputs: PackedInputs
+    states: list[Tensor] | None = None
+    """Takes the input of each layer, [B, S, D]; None: nobody asks for them."""
     has_padding_token: bool = False
     """Whether the padding token stands in a place that is not padding."""
     layer: int = 0
