@@ -10,6 +10,7 @@ import torch
 from model.patched_models import (
     CLOSE,
     HEADS,
+    SHAPE,
     assert_close,
     assert_equal_gradients,
     batch,
@@ -194,6 +195,27 @@ def test_dropout_without_padding_is_that_of_padding() -> None:
         torch.manual_seed(5)
         logits.append(ours.train()(**form).logits)
     torch.testing.assert_close(logits[1][0], logits[0][kept], **CLOSE)
+
+
+def test_dropout_is_that_of_our_model() -> None:
+    """All masks of all layers: the same seed gives the same loss and gradients."""
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    _, ours = pair("BertForMaskedLM", **dropout)
+    config = sf.Config(**(SHAPE | dropout))
+    model = sf.Model(config)
+    report = model.load_state_dict(ours.state_dict(), strict=False)
+    assert all("span_boundary" in name for name in report.missing_keys)
+    assert not report.unexpected_keys
+    inputs = batch() | labels_of("BertForMaskedLM", batch())
+    losses = []
+    for each in (model, ours):
+        torch.manual_seed(5)
+        losses.append(each.train()(**inputs).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    expected = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

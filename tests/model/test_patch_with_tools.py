@@ -76,6 +76,8 @@ def test_every_module_is_called_if_it_has_a_hook(name: str) -> None:
         model.train()(**learning()).loss.backward()
     assert len(calls) == 2
     assert_equal_gradients(models[1], models[0])
+    if name.endswith("query"):
+        assert "query (torch.Linear with hooks)" in str(sf.patch(models[1]))
 
 
 class Doubled(nn.Module):
@@ -134,7 +136,9 @@ def test_quantized_products_are_called(form: str) -> None:
                 continue
             parent, _, own = name.rpartition(".")
             setattr(model.bert.encoder.get_submodule(parent), own, ByteLinear(module))
-    assert "called: query (" in str(sf.patch(ours))
+    reason = "torch.Linear of other tensors)" if form == "tensor" else "ByteLinear)"
+    runs = {module.name: module.runs for module in sf.patch(ours).modules}
+    assert runs["bert.encoder.layer.0.intermediate"].endswith(reason)
     assert_close(ours(**batch()), theirs(**batch()), batch()["attention_mask"])
     assert (ours(**batch()).logits - make(HEAD)(**batch()).logits).abs().max() > 1e-3
 

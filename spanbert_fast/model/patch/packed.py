@@ -126,13 +126,15 @@ def dropout_of(module: nn.Module) -> float | None:
 def called_modules(owner: nn.Module, **kinds: type[nn.Module]) -> str:
     """Which modules of `owner` are called instead of taking part in a fused operation."""
     others = [
-        f"{name} ({_full_name(module)})"
+        f"{name} ({_why_called(module, kind)})"
         for name, kind in kinds.items()
         if not is_fusable(module := owner.get_submodule(name), kind)
     ]
     return f"; called: {', '.join(others)}" if others else ""
 
 
-def _full_name(module: nn.Module) -> str:
-    hooked = " with hooks" if type(module).__module__.startswith("torch.nn.modules") else ""
-    return f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}{hooked}"
+def _why_called(module: nn.Module, kind: type[nn.Module]) -> str:
+    name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
+    if type(module) is not kind:
+        return name
+    return f"{name} of other tensors" if is_plain(module, kind) else f"{name} with hooks"
