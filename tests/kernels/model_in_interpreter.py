@@ -27,7 +27,6 @@ SHAPE = {
 FORMS: list[dict[str, Any]] = [
     {},
     {"return_flash_attn_kwargs": True},
-    {"return_seq_idx": True, "return_position_ids": False},
 ]
 
 
@@ -60,7 +59,7 @@ def test_the_whole_model() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Model", "patched"])
-@pytest.mark.parametrize("form", FORMS, ids=["positions", "boundaries", "indices"])
+@pytest.mark.parametrize("form", FORMS, ids=["positions", "boundaries"])
 def test_padding_free(kind: str, form: dict[str, Any]) -> None:
     """Loss and gradients of the padded reference, dropout on."""
     model = make(kind)
