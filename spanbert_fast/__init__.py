@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from spanbert_fast.config import Config as Config
     from spanbert_fast.data.collator import SpanMaskingCollator as SpanMaskingCollator
     from spanbert_fast.data.masking import SpanMasker as SpanMasker
+    from spanbert_fast.model.patch import PatchReport as PatchReport
+    from spanbert_fast.model.patch import patch as patch
+    from spanbert_fast.model.patch import unpatch as unpatch
     from spanbert_fast.model.pretrained import Model as Model
     from spanbert_fast.model.sbo_head import SBOHead as SBOHead
     from spanbert_fast.ops.dispatch import use_backend as use_backend
@@ -26,12 +29,15 @@ _HOMES = {
     "Config": "spanbert_fast.config",
     "FilledSpan": "spanbert_fast.tasks.fill",
     "Model": "spanbert_fast.model.pretrained",
+    "PatchReport": "spanbert_fast.model.patch",
     "SBOHead": "spanbert_fast.model.sbo_head",
     "SpanMasker": "spanbert_fast.data.masking",
     "SpanMaskingCallback": "spanbert_fast.train.callback",
     "SpanMaskingCollator": "spanbert_fast.data.collator",
     "Trainer": "spanbert_fast.train.trainer",
     "fill_span": "spanbert_fast.tasks.fill",
+    "patch": "spanbert_fast.model.patch",
+    "unpatch": "spanbert_fast.model.patch",
     "use_backend": "spanbert_fast.ops.dispatch",
 }
 __all__ = [*_HOMES, "__version__", "ops"]

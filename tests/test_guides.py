@@ -52,6 +52,23 @@ def test_python_blocks_run_in_order(
     assert isinstance(names["sbo"].loss, torch.Tensor)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_patching(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "patching.md").read_text(), re.DOTALL
+    )
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "patching.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.count("BertSelfAttention  varlen_attention") == 2
+    assert "called: query (peft.Linear), value (peft.Linear)" in printed
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer, Layout
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+from spanbert_fast.model.rows import Boundaries
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -174,6 +175,7 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -192,7 +194,6 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             past_key_values=past_key_values,
             use_cache=use_cache or None,
         )
-        check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         inputs = pack_inputs(
             self.config,
             input_ids=input_ids,
@@ -200,8 +201,9 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            cu_seq_lens_q=cu_seq_lens_q,
-            max_length_q=max_length_q,
+            boundaries=Boundaries(
+                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx
+            ),
         )
         encoded = self.encode_packed(
             inputs.batch,
@@ -236,20 +238,3 @@ def refuse_decoder_arguments(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{name} must be None: this encoder has no decoder and no cache")
-
-
-def check_key_boundaries(
-    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
-) -> None:
-    """Raises ValueError if keys are laid out in another way than queries.
-
-    Args:
-        cu_q: Boundaries of the queries.
-        cu_k: Boundaries of the keys; None or the same ones.
-        max_q: Length of the longest query sequence.
-        max_k: Length of the longest key sequence; None or the same one.
-    """
-    if cu_k is not None and (cu_q is None or not torch.equal(cu_q, cu_k)):
-        raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q ({cu_q}), got {cu_k}")
-    if max_k is not None and max_k != max_q:
-        raise ValueError(f"max_length_k must equal max_length_q ({max_q}), got {max_k}")

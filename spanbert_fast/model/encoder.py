@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spanbert_fast.config import Config
-from spanbert_fast.model.eager_attention import eager_attention
+from spanbert_fast.model.eager_attention import mix_values
 from spanbert_fast.ops.activation import bias_gelu
-from spanbert_fast.ops.attention import varlen_attention
 from spanbert_fast.ops.embedding import bert_embedding
 from spanbert_fast.ops.norm import dropout_add_layer_norm
 
@@ -32,6 +31,15 @@ class Layout(NamedTuple):
     """int64 [B]."""
     seed: Tensor | None
     """int64 scalar; None: no dropout."""
+
+    def dropout(self, p: float, site: int) -> dict[str, Any]:
+        """What the ops take for a dropout with probability `p` at this place in the model."""
+        return {
+            "dropout_p": 0.0 if self.seed is None else p,
+            "seed": self.seed,
+            "sequence_ids": self.sequence_ids,
+            "site": site,
+        }
 
 
 class EncoderOutput(NamedTuple):
@@ -111,11 +119,8 @@ class Embeddings(nn.Module):
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            dropout_p=0.0 if layout.seed is None else self.dropout_p,
-            seed=layout.seed,
-            sequence_ids=layout.sequence_ids,
             cu_seqlens=layout.cu_seqlens,
-            site=0,
+            **layout.dropout(self.dropout_p, 0),
         )
 
 
@@ -138,27 +143,31 @@ class SelfAttention(nn.Module):
         # Joining the weights costs a copy of them, which only many rows pay back.
         pays = hidden.shape[0] >= hidden.shape[1]
         if pays and all(is_plain(owner, nn.Linear) for owner in owners):
-            weight = torch.cat([owner.weight for owner in owners])
-            bias = torch.cat([owner.bias for owner in owners])
-            return functional.linear(hidden, weight, bias).chunk(3, dim=-1)
+            return joined_products(owners, hidden)
         return tuple(owner(hidden) for owner in owners)
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Mixed values [T, D]; from the eager implementation also probabilities [B, H, S, S]."""
         shape = (-1, self.num_heads, self.head_size)
         query, key, value = (rows.reshape(shape) for rows in self._project(hidden))
-        arguments: dict[str, Any] = {
-            "scale": self.head_size**-0.5,
-            "dropout_p": 0.0 if layout.seed is None else self.dropout_p,
-            "seed": layout.seed,
-            "sequence_ids": layout.sequence_ids,
-            "site": self.site,
-        }
-        boundaries = (layout.cu_seqlens, layout.max_seqlen)
-        if self.config._attn_implementation == "eager":
-            mixed, probabilities = eager_attention(query, key, value, *boundaries, **arguments)
-            return mixed.flatten(-2), probabilities
-        return varlen_attention(query, key, value, *boundaries, **arguments).flatten(-2), None
+        mixed, probabilities = mix_values(
+            query,
+            key,
+            value,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            scale=self.head_size**-0.5,
+            is_eager=self.config._attn_implementation == "eager",
+            **layout.dropout(self.dropout_p, self.site),
+        )
+        return mixed.flatten(-2), probabilities
+
+
+def joined_products(owners: tuple[nn.Linear, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    """What each of `owners` makes of `rows` [..., D], as one product."""
+    weight = torch.cat([owner.weight for owner in owners])
+    bias = torch.cat([owner.bias for owner in owners])
+    return functional.linear(rows, weight, bias).chunk(len(owners), dim=-1)
 
 
 class ResidualOutput(nn.Module):
@@ -179,11 +188,8 @@ class ResidualOutput(nn.Module):
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            dropout_p=0.0 if layout.seed is None else self.dropout_p,
-            seed=layout.seed,
-            sequence_ids=layout.sequence_ids,
             cu_seqlens=layout.cu_seqlens,
-            site=self.site,
+            **layout.dropout(self.dropout_p, self.site),
         )
 
 
