@@ -122,7 +122,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of one run with nothing left open; field for field as `PretrainOptions`."""
+    """The options of one run with nothing left open; field for field as `PretrainOptions`.
+
+    Only `fit_heads` makes those with the preset "heads" and a frozen encoder.
+    """
 
     data: Path
     output: Path
@@ -151,6 +154,7 @@ class Settings:
     language: str | None
     model: dict[str, Value]
     masking: dict[str, Value]
+    freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -184,7 +188,7 @@ class Settings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": get_args(Preset),
+    "preset": (*get_args(Preset), "heads"),
     "precision": get_args(Precision),
     "device": get_args(Device),
 }

@@ -204,6 +204,8 @@ def build_run(
     if checkpoint:
         run.restore(checkpoint)
     model.train()
+    if settings.freeze_encoder:
+        model.bert.eval()  # the hidden states that the heads will meet in use: no dropout
     _write_description(run)
     emit(_started(run, found, peak))
     return run
