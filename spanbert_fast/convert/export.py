@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,17 @@ def cast_all(source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> di
         if bool(tensor.isinf().any()) and not bool(tensors[name].isinf().any()):
             raise ValueError(f"{source}: {name} holds values that {dtype} has no room for")
     return cast
+
+
+def copy_vocabulary(source: Path, target: Path) -> None:
+    """Writes `vocab.txt`, as it is or, without one, from the WordPiece in `tokenizer.json`."""
+    if (source / "vocab.txt").is_file() or not (source / "tokenizer.json").is_file():
+        copy_files(source, target, ("vocab.txt",))
+        return
+    model = json.loads((source / "tokenizer.json").read_text("utf-8"))["model"]
+    if model["type"] == "WordPiece":
+        entries = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        (target / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries), "utf-8")
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from spanbert_fast.convert.export import (
     ExportDtype,
     bert_config,
     cast_all,
-    copy_files,
+    copy_vocabulary,
     depart,
     smallest_exact_dtype,
 )
@@ -120,7 +120,7 @@ def write_fairseq(
         torch.save(tensors, scratch / ("model.pt" if model.heads else "pytorch_model.bin"))
         values = {**bert_config(model.config), "model_type": "bert"}
         (scratch / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        copy_files(source, scratch, ("vocab.txt",))
+        copy_vocabulary(source, scratch)
     return model.report(output, number)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spanbert_fast.config import HEADS
-from spanbert_fast.convert.export import Export, bert_config, cast_all, copy_files, depart
+from spanbert_fast.convert.export import Export, bert_config, cast_all, copy_vocabulary, depart
 from spanbert_fast.convert.folder import (
     Conversion,
     read_config,
@@ -145,7 +145,7 @@ def write_tensorflow(
         (scratch / "checkpoint").write_text(f'model_checkpoint_path: "{CHECKPOINT_NAME}"\n')
         values = json.dumps(bert_config(model.config), indent=2, sort_keys=True)
         (scratch / "bert_config.json").write_text(values + "\n", "utf-8")
-        copy_files(source, scratch, ("vocab.txt",))
+        copy_vocabulary(source, scratch)
     return model.report(output, torch.float32)
 
 

@@ -25,8 +25,8 @@ def shard_names(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{index} has no "weight_map" with names of tensors and files')
-    if not isinstance(content.get("metadata", {}), dict):
-        raise ValueError(f'{index}: "metadata" must be an object')
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f'{index} has no "metadata", which must be an object')
     for name in {str(value): value for value in weight_map.values()}.values():
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name == "..":
             raise ValueError(f"{index} names {name!r}, must be a file in its own folder")
