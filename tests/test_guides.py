@@ -52,6 +52,23 @@ def test_python_blocks_run_in_order(
     assert isinstance(names["sbo"].loss, torch.Tensor)
 
 
+def test_python_blocks_of_the_converters_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    text = (ROOT / "docs" / "converters.md").read_text()
+    names: dict[str, object] = {}
+    with pytest.warns(UserWarning, match="SBO head"):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(block, "converters.md", "exec"), names)
+    # Every remark after a print is what it printed.
+    expected = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+    shapes = [Model.from_pretrained(f"demo_output/{name}") for name in ("back", "run/model")]
+    for name, weight in shapes[0].state_dict().items():
+        assert torch.equal(weight, shapes[1].state_dict()[name])
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,9 +128,9 @@ def original_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of the original code, without `decoder.`; the tied one thrice."""
     renamed = {}
     for name, tensor in tensors.items():
-        for theirs, ours in reversed(_PREFIXES.items()):
-            if ours and name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
+        ours = next((o for o in _PREFIXES.values() if o and name.startswith(o)), "")
+        theirs = {value: key for key, value in _PREFIXES.items()}[ours] if ours else ""
+        name = theirs + name.removeprefix(ours)
         stem, _, last = name.rpartition(".")
         if "ayer_norm" in stem or stem.endswith("LayerNorm"):
             name = f"{stem}.{'gamma' if last == 'weight' else 'beta'}"

@@ -126,7 +126,7 @@ def write_folder(
         ValueError: a tensor of the encoder or a part of a head is missing, or a shape is wrong.
     """
     check_free(output)
-    listed = values.get("untrained_heads", ())
+    listed = Config.from_dict({**values, "dtype": "float32"}).untrained_heads
     values = {**values, "untrained_heads": [], "dtype": "float32"}
     _check_size(source, Config.from_dict(values), tensors)
     # Fixed draws for heads the source lacks: the same source gives the same bytes.
@@ -192,6 +192,8 @@ def _fill(source: Path, model: Model, tensors: Mapping[str, Tensor]) -> tuple[li
                     f"{source}: {name} has shape {tuple(value.shape)}, the configuration says "
                     f"{shape}"
                 )
+            if not value.is_floating_point():
+                raise ValueError(f"{source}: {name} holds {value.dtype}, weights must be floats")
             if not torch.equal(value, tensors[given[0]]):
                 raise ValueError(f"{source}: {name} and {given[0]} are one tensor here, but differ")
         targets[names[0]].copy_(tensors[given[0]])

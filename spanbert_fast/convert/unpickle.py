@@ -28,6 +28,7 @@ from spanbert_fast.convert.isolated import (
     refuse,
     run_isolated,
 )
+from spanbert_fast.model.files import unpickling_reason
 
 
 def read_pickled_tensors(
@@ -73,11 +74,9 @@ def _load(path: str) -> Mapping[object, object]:
             warnings.simplefilter("ignore")  # about pickle protocols: it loads, or it does not
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Between torch's advice to trust the file and its pointer to the manual.
-        paragraphs = str(error).split("\n\n")
-        reason = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
         raise Refusal(
-            f"refused, because it holds more than tensors or is damaged ({reason})"
+            "refused, because it holds more than tensors or is damaged "
+            f"({unpickling_reason(error)})"
         ) from error
     except MemoryError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20
@@ -39,3 +40,10 @@ def check_indices(folder: Path) -> None:
     """Raises as `shard_names` does, for every index in a folder."""
     for index in sorted(folder.glob(_INDEX_PATTERN)):
         shard_names(index)
+
+
+def unpickling_reason(error: Exception) -> str:
+    """What torch has against a pickle, without its advice to trust the file."""
+    text = str(error)
+    found = re.search(r"WeightsUnpickler error: ([^\n]*)|(Unsupported [^\n]*)", text)
+    return (found[1] or found[2]) if found else " ".join(text.split())[:300]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from spanbert_fast.config import HEADS
-from spanbert_fast.model.files import check_indices
+from spanbert_fast.model.files import check_indices, unpickling_reason
 
 _HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
 _TIED_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
@@ -133,12 +133,9 @@ def _naming_damage(source: object) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        # Between torch's advice to trust the file and its pointer to the manual.
-        paragraphs = str(error).split("\n\n")
-        reason = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
         raise ValueError(
             f"{source}: a pickle was refused, because it holds more than tensors or is damaged "
-            f"({reason})"
+            f"({unpickling_reason(error)})"
         ) from error
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"{source}: damaged weights ({error or type(error).__name__})") from error
@@ -158,9 +155,10 @@ def _check_files(model: Any, files: Collection[str]) -> None:
     encoder = getattr(model, model.base_model_prefix, model)
     expected = sum(parameter.numel() for parameter in encoder.parameters())
     if expected > 2 * held:
+        folder = os.path.dirname(next(iter(files)))
         raise ValueError(
-            f"{os.path.dirname(list(files)[0])}: config.json describes an encoder of {expected:,} "
-            f"values, the weights have {held:,} bytes"
+            f"{folder}: config.json describes an encoder of {expected:,} values, the weights have "
+            f"{held:,} bytes"
         )
     for file in files:
         if not str(file).endswith(".safetensors"):

@@ -191,7 +191,7 @@ def test_malicious_pickle_is_refused(
     weights = BertForMaskedLM(hf_config).state_dict()
     torch.save({**weights, "bert.x": Malicious()}, tmp_path / "pytorch_model.bin")
     hf_config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a pickle was refused, .*print"):
+    with pytest.raises(ValueError, match=r"a pickle was refused, .*print"):
         Model.from_pretrained(tmp_path)
     assert "it ran" not in capfd.readouterr().out
 
