@@ -132,7 +132,7 @@ def original_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs = {value: key for key, value in _PREFIXES.items()}[ours] if ours else ""
         name = theirs + name.removeprefix(ours)
         stem, _, last = name.rpartition(".")
-        if "ayer_norm" in stem or stem.endswith("LayerNorm"):
+        if stem.rpartition(".")[2] in ("LayerNorm", "layer_norm1", "layer_norm2"):
             name = f"{stem}.{'gamma' if last == 'weight' else 'beta'}"
         renamed[name] = tensor
     for head in ("cls.predictions.", _THEIRS):
