@@ -144,7 +144,7 @@ def test_tables_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "convert --from tensorflow model.pt OUT",
+        "convert --from onnx model.pt OUT",
         "evaluate --data d",
         "evaluate m --dat d",
         "fill m x --top-k many",

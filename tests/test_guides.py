@@ -36,18 +36,24 @@ def demo_model(tmp_path: Path) -> Iterator[Path]:
     enable_progress_bars()
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("name", ["huggingface.md"])
-def test_python_blocks_run_in_order(
-    name: str, demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(demo_model)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+def run_blocks(name: str, at_least: int) -> tuple[str, dict[str, object]]:
+    """Runs the Python blocks of a guide, one after the other; its text and their variables."""
+    text = (ROOT / "docs" / name).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= at_least
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, name, "exec"), names)
+    return text, names
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_python_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    _, names = run_blocks("huggingface.md", 5)
     assert "'mlm_loss', 'sbo_loss'" in capsys.readouterr().out
     assert isinstance(names["sbo"].loss, torch.Tensor)
 
@@ -57,16 +63,23 @@ def test_patching(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_model)
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "patching.md").read_text(), re.DOTALL
-    )
-    assert len(blocks) == 4
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "patching.md", "exec"), names)
+    run_blocks("patching.md", 4)
     printed = capsys.readouterr().out
     assert printed.count("BertSelfAttention  varlen_attention") == 2
     assert "called: query (peft.Linear), value (peft.Linear)" in printed
+
+
+def test_python_blocks_of_the_converters_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    text, _ = run_blocks("converters.md", 2)
+    # Every remark after a print is what it printed.
+    expected = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+    shapes = [Model.from_pretrained(f"demo_output/{name}") for name in ("back", "run/model")]
+    for name, weight in shapes[0].state_dict().items():
+        assert torch.equal(weight, shapes[1].state_dict()[name])
 
 
 def test_span_boundaries_train_an_encoder_that_is_no_bert(

@@ -26,6 +26,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "torch", "pyarrow", "tokenizers", "transformers", "zstandard", "sentencex"},
     ),
     "model": ({"config", "batch", "ops", "model"}, {"torch"}),
+    # Refuses weights by what their file says of them.
+    "model.loading": ({"config", "model"}, {"torch", "safetensors", "huggingface_hub"}),
     "model.segmentation": ({"config", "batch", "ops", "model", "_core"}, {"torch"}),
     # `pretrained` and the two files that its Hugging Face classes are spread over.
     "model.pretrained": ({"config", "batch", "ops", "model"}, {"torch", "transformers"}),
@@ -40,6 +42,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"config", "model", "tasks", "convert"},
         {"torch", "safetensors", "numpy", "transformers"},
     ),
+    # TensorFlow inside functions, in a process of its own; so torch must not be in it.
+    "convert.tensorflow_process": ({"convert.isolated"}, {"numpy", "safetensors", "tensorflow"}),
     "train": (
         {"config", "batch", "data", "model", "tasks", "train"},
         {"torch", "transformers", "safetensors", "tensorboard", "matplotlib"},

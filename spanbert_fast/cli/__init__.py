@@ -82,17 +82,15 @@ def _run_fill(options: Any, as_json: bool) -> int:
 
 def _run_convert(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
-    from spanbert_fast.convert.fairseq import convert_fairseq
-    from spanbert_fast.convert.huggingface import convert_huggingface
+    from spanbert_fast.convert.run import convert
 
     _hide_progress_bars()
     vocab = options.vocab
-    if vocab is None and (options.source / "vocab.txt").is_file():
-        vocab = str(options.source)
+    beside = options.source if options.source.is_dir() else options.source.parent
+    if vocab is None and options.source_format in ("hf", "tensorflow"):
+        vocab = str(beside) if (beside / "vocab.txt").is_file() else None
     tokenizer = None if vocab is None else _load_vocabulary(vocab)
-    convert = convert_fairseq if options.source_format == "fairseq" else convert_huggingface
-    paths = (options.source, options.output)
-    render.converted(convert(*paths, config=options.config, tokenizer=tokenizer), as_json)
+    render.converted(convert(options, tokenizer=tokenizer), as_json)
     return 0
 
 
@@ -191,11 +189,11 @@ COMMANDS = {
         has_json=True,
     ),
     "convert": Command(
-        "turn a foreign checkpoint into one of our folders",
+        "turn a foreign checkpoint into one of our folders, or back",
         "spanbert_fast.convert.options:ConvertOptions",
         _run_convert,
         positional=("source", "output"),
-        renamed={"source_format": "from"},
+        renamed={"source_format": "from", "target_format": "to"},
         has_json=True,
     ),
     "plan": Command(
