@@ -59,13 +59,32 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
             f"tokenizer {str(path_or_name)!r} is a {type(tokenizer).__name__} without a "
             "`tokenizers` backend, must have a fast form (tokenizer.json or vocab.txt)"
         )
+    check_case(tokenizer, repr(str(path_or_name)))
+    return tokenizer
+
+
+def check_case(tokenizer: Any, name: str = "") -> None:
+    """Refuses a tokenizer that lower-cases text although its vocabulary has upper-case entries.
+
+    Such entries could never be found. It happens without a word: a folder with `vocab.txt` and
+    without `tokenizer_config.json` makes `AutoTokenizer` and `BertTokenizer` lower-case.
+
+    Args:
+        tokenizer: of transformers; one without a `tokenizers` backend is let through.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: it does.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
     if lower_cases(tokenizer) and is_cased(list(tokenizer.get_vocab())):
         raise ValueError(
-            f"tokenizer {str(path_or_name)!r} lower-cases text, but its vocabulary has upper-case "
-            'entries. Put {"tokenizer_class": "BertTokenizer", "do_lower_case": false} into its '
+            f"{f'tokenizer {name}' if name else 'the tokenizer'} lower-cases text, but its "
+            "vocabulary has upper-case entries. Load it with do_lower_case=False, or put "
+            '{"tokenizer_class": "BertTokenizer", "do_lower_case": false} into its '
             "tokenizer_config.json, or give a folder with only its vocab.txt"
         )
-    return tokenizer
 
 
 def _check_sizes(folder: Path) -> None:
@@ -90,7 +109,11 @@ def _load_folder(folder: Path) -> Any:
         return tokenizer
     vocabulary_path = folder / "vocab.txt"
     if not vocabulary_path.is_file():
-        raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.txt, one is needed")
+        raise ValueError(
+            f"{folder} holds neither tokenizer.json nor vocab.txt, one is needed. Released "
+            "SpanBERT archives have none: their vocabulary is that of bert-base-cased; name it as "
+            "the tokenizer, or a folder with its vocab.txt, or copy vocab.txt into the folder"
+        )
     entries = vocabulary_path.read_text("utf-8").splitlines()
     if len(set(entries)) < len(entries):
         twice = next(entry for entry, count in Counter(entries).items() if count > 1)

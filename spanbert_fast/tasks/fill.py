@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
+from spanbert_fast.data.tokenizer import check_case
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.tasks.mask_runs import (
     HeadChoice,
@@ -127,6 +128,7 @@ def _check_arguments(
         )
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token")
+    check_case(tokenizer)
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"top_k must be an int, not {top_k!r}")
     if top_k < 1:
