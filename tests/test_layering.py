@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "model.outputs": ({"config", "batch", "ops", "model"}, {"torch", "transformers"}),
     "model.patch": ({"config", "batch", "ops", "model"}, {"torch", "transformers"}),
     "tasks": (
-        {"config", "batch", "ops", "model", "data.tokenizer", "tasks"},
+        {"config", "batch", "ops", "model", "data.tokenizer", "data.sentences", "tasks"},
         {"torch", "transformers"},
     ),
     "convert": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 
@@ -26,7 +27,7 @@ def random_scores(width: int, forbidden: float = 0.0, spread: float = 3.0) -> np
 
 
 def sequences() -> list[slice]:
-    return [slice(first, end) for first, end in zip(CU[:-1], CU[1:], strict=True)]
+    return [slice(first, end) for first, end in itertools.pairwise(CU)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -80,6 +80,14 @@ def _run_fill(options: Any, as_json: bool) -> int:
     return 0
 
 
+def _run_segment(options: Any, as_json: bool) -> int:
+    from spanbert_fast.cli.run_segment import run_segment
+
+    _hide_progress_bars()
+    _check_name(options.model)
+    return run_segment(options, as_json)
+
+
 def _run_convert(options: Any, as_json: bool) -> int:
     from spanbert_fast.cli import render
     from spanbert_fast.convert.fairseq import convert_fairseq
@@ -179,6 +187,13 @@ COMMANDS = {
         "fill runs of [MASK]",
         "spanbert_fast.tasks.options:FillOptions",
         _run_fill,
+        positional=("model", "text"),
+        has_json=True,
+    ),
+    "segment": Command(
+        "cut texts into spans by attention",
+        "spanbert_fast.tasks.options:SegmentOptions",
+        _run_segment,
         positional=("model", "text"),
         has_json=True,
     ),
