@@ -52,6 +52,18 @@ def test_python_blocks_run_in_order(
     assert isinstance(names["sbo"].loss, torch.Tensor)
 
 
+def test_segmentation_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    text = (ROOT / "docs" / "segmentation.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "segmentation.md", "exec"), names)
+    losses = [float(line) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

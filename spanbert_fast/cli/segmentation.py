@@ -81,12 +81,21 @@ def write_picture(path: Path, texts: Sequence[str], found: Sequence[Sequence[Seg
                 family="monospace", size=11, ha="center", va="baseline",
             )  # fmt: skip
             if owner is not None:
-                colour, strength = COLOURS[owner % len(COLOURS)], 0.3 + 0.7 * marginal
-                is_last = column + 1 == len(characters) or characters[column + 1][1] != owner
-                end = column + (0.85 if is_last else 1.0)
-                axes.plot([column + 0.05, end], [row + 0.98] * 2, color=colour, alpha=strength,
-                          linewidth=2.5, solid_capstyle="butt")  # fmt: skip
+                colour = _on_white(COLOURS[owner % len(COLOURS)], marginal)
+                edges = [column + 0.1, column + 0.9]
+                if column and characters[column - 1][1] == owner:
+                    edges[0] = column - 0.1
+                axes.plot(
+                    edges, [row + 0.98] * 2, color=colour, linewidth=2.5, solid_capstyle="butt"
+                )
     figure.savefig(path)
+
+
+def _on_white(colour: str, marginal: float) -> tuple[float, ...]:
+    """The colour that the page's transparency gives on white: pieces of a line may overlap."""
+    strength = 0.3 + 0.7 * marginal
+    parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return tuple(1 - strength * (1 - part) for part in parts)
 
 
 _Character = tuple[str, int | None, float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_a_segmenter_learns_gold_spans() -> None:
     cu = words.cu_words.tolist()
     expected = [
         [(i, int(n), int(n > 1)) for i, n in enumerate(gold[first:end].tolist()) if n]
-        for first, end in zip(cu, cu[1:], strict=False)
+        for first, end in itertools.pairwise(cu)
     ]
     assert found == expected
     with pytest.raises(ValueError, match=r"labels must be in \[0, 2\)"):
