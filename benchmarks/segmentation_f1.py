@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from spanbert_fast.model.span_scores import SpanScoring
 from spanbert_fast.model.span_segmenter import SpanSegmenter
 from spanbert_fast.tasks.segment import find_words, segment
 
-STOP_WORDS = set(
-    "a an the this that these those of in on at by for with from to into as and or but if not no is "
-    "are was were be been am do does did has have had will would can could may i you he she it we "
-    "they me him her us them my your his its our their who which what when where there so rt".split()
-)
+_STOP_WORDS = """
+    a an the this that these those of in on at by for with from to into as and or but if not no
+    is are was were be been am do does did has have had will would can could may i you he she it
+    we they me him her us them my your his its our their who which what when where there so rt
+"""
+STOP_WORDS = set(_STOP_WORDS.split())
 Span = tuple[int, int]
 """First word, and the word after the last."""
 
@@ -36,7 +38,8 @@ Span = tuple[int, int]
 def read(path: Path, column: int) -> list[tuple[list[str], list[Span]]]:
     """Words and gold spans of every sentence."""
     result = []
-    for block in path.read_text("utf-8").replace("\t", " ").split("\n\n"):
+    # Some files have a tab in their blank lines.
+    for block in re.split(r"\n[ \t]*\n", path.read_text("utf-8")):
         lines = [line.split() for line in block.splitlines() if len(line.split()) > 1]
         lines = [line for line in lines if line[0] != "-DOCSTART-"]
         tags, spans = [line[column] for line in lines], []
@@ -200,7 +203,7 @@ def main() -> None:
     rows["punctuation and stop words"] = f1(test, lambda i: split_at_stops(test[i][0]))
     every = by_attention(model, tokenizer, test, SpanScoring())
     rows["attention, all layers"] = f1(test, every.__getitem__)
-    sample = train[:400]
+    sample = train[:150]
     choices = []
     for layer in range(model.config.num_hidden_layers):
         for p in (0.5, 0.7):
@@ -215,9 +218,8 @@ def main() -> None:
     )
     learned = trained(model, tokenizer, train, test, options.epochs)
     rows["trained on frozen states"] = f1(test, learned.__getitem__)
-    print(
-        f"{len(train)} training texts, {len(test)} test texts, {sum(len(g) for _, g in test)} gold spans"
-    )
+    num_gold = sum(len(gold) for _, gold in test)
+    print(f"{len(train)} training texts, {len(test)} test texts, {num_gold} gold spans")
     print(json.dumps(rows, indent=1))
 
 

@@ -91,7 +91,7 @@ def test_wrong_input_is_named(model: Model, tokenizer) -> None:
         segment(model, tokenizer, [3])
     with pytest.raises(ValueError, match="text holds no text"):
         segment(model, tokenizer, [])
-    with pytest.raises(ValueError, match="text 0 has 602 tokens .* the model allows 512"):
+    with pytest.raises(ValueError, match=r"text 0 has 602 tokens .* the model allows 512"):
         segment(model, tokenizer, "to " * 600)
 
 
