@@ -82,6 +82,15 @@ def test_python_blocks_of_the_converters_run_in_order(
         assert torch.equal(weight, shapes[1].state_dict()[name])
 
 
+def test_segmentation_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("segmentation.md", 2)
+    losses = [float(line) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spanbert_fast.cli import COMMANDS, main
+from spanbert_fast.cli import main
+from spanbert_fast.cli.commands import COMMANDS
 from spanbert_fast.cli.arguments import parse
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.tokenizer import check_case
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.tasks.inference import inference
 from spanbert_fast.tasks.mask_runs import (
     HeadChoice,
     HeadName,
@@ -170,19 +170,6 @@ def _check_sequences(model: Model, sequences: Sequence[list[int]], runs: Sequenc
             )
 
 
-@contextmanager
-def _inference(model: Model) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _pack(
     model: Model,
     sequences: Sequence[list[int]],
@@ -228,7 +215,7 @@ def _score(
     """Log-probabilities [n, V] of each run; only masked rows meet a decoder."""
     batch = _pack(model, sequences, runs, heads)
     scores: dict[str, Iterator[Tensor]] = {}
-    with _inference(model):
+    with inference(model):
         hidden = model.bert.encode_packed(batch).last_hidden_state
         for name in ("mlm", "sbo"):
             sizes = [run.length for run in runs if name in heads[run.group]]
