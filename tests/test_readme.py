@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from spanbert_fast.cli import main
-from spanbert_fast.cli.commands import COMMANDS
 from spanbert_fast.cli.arguments import parse
+from spanbert_fast.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
