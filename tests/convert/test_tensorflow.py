@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -279,3 +281,23 @@ def test_real_weights(name: str, heads: tuple[str, ...], tmp_path: Path) -> None
     for key, tensor in back.items():
         if key.startswith(kept):
             assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_the_page_for_those_who_come_from_tensorflow(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its command lines and its Python, in order; Google's checkpoints have no SBO head."""
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {"untrained_heads": ["sbo"]}))
+    folder = tmp_path / "cased_L-12_H-768_A-12"
+    write_tensorflow(ours, folder)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "migration" / "tensorflow.md").read_text()
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL):
+        if language == "bash":
+            for line in block.splitlines():
+                assert main(shlex.split(line)[1:]) == 0, line
+        else:
+            exec(compile(block, "tensorflow.md", "exec"), {})
+    assert "['sbo']" in capsys.readouterr().out
