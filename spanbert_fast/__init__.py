@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from spanbert_fast.tasks.fill import fill_span as fill_span
     from spanbert_fast.tasks.segment import Segment as Segment
     from spanbert_fast.tasks.segment import segment as segment
+    from spanbert_fast.tasks.span_embeddings import SpanEmbeddings as SpanEmbeddings
+    from spanbert_fast.tasks.span_embeddings import span_embeddings as span_embeddings
     from spanbert_fast.train.callback import SpanMaskingCallback as SpanMaskingCallback
     from spanbert_fast.train.trainer import Trainer as Trainer
 
@@ -36,6 +38,7 @@ _HOMES = {
     "PatchReport": "spanbert_fast.model.patch",
     "SBOHead": "spanbert_fast.model.sbo_head",
     "Segment": "spanbert_fast.tasks.segment",
+    "SpanEmbeddings": "spanbert_fast.tasks.span_embeddings",
     "SpanMasker": "spanbert_fast.data.masking",
     "SpanMaskingCallback": "spanbert_fast.train.callback",
     "SpanMaskingCollator": "spanbert_fast.data.collator",
@@ -45,6 +48,7 @@ _HOMES = {
     "fill_span": "spanbert_fast.tasks.fill",
     "patch": "spanbert_fast.model.patch",
     "segment": "spanbert_fast.tasks.segment",
+    "span_embeddings": "spanbert_fast.tasks.span_embeddings",
     "unpatch": "spanbert_fast.model.patch",
     "use_backend": "spanbert_fast.ops.dispatch",
 }

@@ -52,7 +52,7 @@ def run_blocks(name: str, at_least: int) -> tuple[str, dict[str, object]]:
 
 def run_page(name: str, printed: pytest.CaptureFixture[str]) -> None:
     """Runs a page: Python blocks and command lines in order; checks the remark after a `print`."""
-    text = (ROOT / "docs" / "migration" / name).read_text()
+    text = (ROOT / "docs" / name).read_text()
     names: dict[str, object] = {}
     for language, block in re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL):
         printed.readouterr()
@@ -112,6 +112,13 @@ def test_segmentation_blocks_run_in_order(
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_vectors_of_spans(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_page("span_embeddings.md", capsys)
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +142,7 @@ def test_coming_from_the_original(
     for name in ("model.pt", "config.json", "vocab.txt"):
         Path("with_heads", name).rename(name)
     Path("spanbert_hf_base/vocab.txt").unlink()  # neither archive has one
-    run_page("spanbert.md", capsys)
+    run_page("migration/spanbert.md", capsys)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -143,7 +150,7 @@ def test_coming_from_hugging_face(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_model)
-    run_page("huggingface.md", capsys)
+    run_page("migration/huggingface.md", capsys)
 
 
 def test_coming_from_fairseq(
@@ -153,4 +160,4 @@ def test_coming_from_fairseq(
     sentences = [f"We must work together to keep the peace of {number}.\n" for number in range(9)]
     Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
     Path("demo_output/run/model").rename("tokenizer")
-    run_page("fairseq.md", capsys)
+    run_page("migration/fairseq.md", capsys)

@@ -21,6 +21,7 @@ from spanbert_fast.model.span_scores import (
 )
 from spanbert_fast.model.span_segmenter import SpanSegmenter, mean_of_words
 from spanbert_fast.tasks.inference import inference
+from spanbert_fast.tasks.texts import check_texts, encode_texts, pack
 
 
 class Segment(NamedTuple):
@@ -84,7 +85,7 @@ def segment(
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
         ValueError: a text is longer than the model allows, or a setting is out of range.
     """
-    texts = _check(model, tokenizer, text)
+    texts = check_texts(model, tokenizer, text)
     scoring = SpanScoring() if scoring is None else scoring
     if segmenter is not None and segmenter.max_words > scoring.max_words:
         raise ValueError(
@@ -136,46 +137,18 @@ def _on_cpu(rows: Tensor) -> Tensor:
     return rows.to("cpu", torch.promote_types(rows.dtype, torch.float32))
 
 
-def _check(model: object, tokenizer: Any, text: object) -> list[str]:
-    if not isinstance(model, Model):
-        raise TypeError(f"model must be a spanbert_fast Model, not {type(model).__name__}")
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer must be a fast tokenizer, which knows character offsets, "
-            f"not {type(tokenizer).__name__}"
-        )
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
-        raise TypeError(f"text must be a str or a sequence of str, not {text!r:.80}")
-    if not texts:
-        raise ValueError("text holds no text")
-    return list(texts)
-
-
 def find_words(model: Model, tokenizer: Any, texts: Sequence[str]) -> TextWords:
     """The texts as one packed batch on the model's device, and their words.
 
     Raises:
         ValueError: a text is longer than the model allows, or the tokenizer is another model's.
     """
-    encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
-    )
-    begins, limit = word_starts(tokenizer), model.config.max_position_embeddings
+    encoded = encode_texts(model, tokenizer, texts)
+    begins = word_starts(tokenizer)
     word_of: list[int] = []
     offsets: list[list[tuple[int, int]]] = []
     count = 0
     for index, ids in enumerate(encoded["input_ids"]):
-        if len(ids) > limit:
-            raise ValueError(
-                f"text {index} has {len(ids)} tokens with its special tokens, the model allows "
-                f"{limit}"
-            )
-        if ids and max(ids) >= model.config.vocab_size:
-            raise ValueError(
-                f"text {index} has token id {max(ids)}, the model knows ids below "
-                f"{model.config.vocab_size}: the tokenizer is not this model's"
-            )
         own: list[tuple[int, int]] = []
         marks = encoded["special_tokens_mask"][index]
         for token, special, place in zip(ids, marks, encoded["offset_mapping"][index], strict=True):
@@ -193,32 +166,12 @@ def find_words(model: Model, tokenizer: Any, texts: Sequence[str]) -> TextWords:
     sizes = torch.tensor([0, *map(len, offsets)]).cumsum(0)
     words = Words(word_of=torch.tensor(word_of).to(model.device), cu_words=sizes.int())
     words = Words(word_of=words.word_of, cu_words=words.cu_words.to(model.device))
-    return TextWords(_pack(encoded["input_ids"]).to(model.device), words, offsets)
+    return TextWords(pack(encoded["input_ids"]).to(model.device), words, offsets)
 
 
 def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-
-
-def _pack(sequences: Sequence[Sequence[int]]) -> PackedBatch:
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    input_ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
-    none = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
-        input_ids=input_ids,
-        position_ids=torch.cat([torch.arange(len(ids)) for ids in sequences]),
-        token_type_ids=torch.zeros_like(input_ids),
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-        max_seqlen=int(lengths.max()),
-        sequence_ids=torch.arange(len(sequences)),
-        mlm_positions=none,
-        mlm_labels=none,
-        sbo_left=none,
-        sbo_right=none,
-        sbo_cu=torch.zeros(1, dtype=torch.int32),
-        sbo_targets=none,
-    )
 
 
 def _sentence_borders(
