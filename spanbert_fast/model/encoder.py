@@ -135,8 +135,9 @@ class SelfAttention(nn.Module):
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         owners = (self.query, self.key, self.value)
-        # Joining the weights costs a copy of them, which only many rows pay back.
-        pays = hidden.shape[0] >= hidden.shape[1]
+        # Joining the weights costs a copy of them, which only many rows pay back. An exported graph
+        # serves any number of rows, so it must not depend on it.
+        pays = not torch.compiler.is_exporting() and hidden.shape[0] >= hidden.shape[1]
         if pays and all(is_plain(owner, nn.Linear) for owner in owners):
             weight = torch.cat([owner.weight for owner in owners])
             bias = torch.cat([owner.bias for owner in owners])
