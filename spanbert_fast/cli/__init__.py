@@ -18,6 +18,7 @@ from typing import Any
 
 import spanbert_fast
 from spanbert_fast.cli.arguments import Command, parse
+from spanbert_fast.cli.export import run_export
 
 DEBUG_VARIABLE = "SPANBERT_FAST_DEBUG"
 _USER_ERROR, _FAILURE, _INTERRUPTED = 2, 1, 130
@@ -188,6 +189,13 @@ COMMANDS = {
         _run_convert,
         positional=("source", "output"),
         renamed={"source_format": "from"},
+        has_json=True,
+    ),
+    "export": Command(
+        "write a model as an ONNX or torch.export graph",
+        "spanbert_fast.convert.options:ExportOptions",
+        run_export,
+        positional=("model",),
         has_json=True,
     ),
     "doctor": Command(

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,32 @@ class Conversion:
     """Tensors of those heads."""
     ignored: tuple[str, ...]
     """Entries of the source that a SpanBERT has no place for."""
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises FileExistsError if `output` is anything but missing or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `output` at the end, and vanishes if there is an error.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+    """
+    refuse_existing(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}_", dir=output.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        os.replace(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -101,8 +128,7 @@ def write_folder(
         FileExistsError: `output` exists and is not empty.
         ValueError: a tensor of the encoder or a part of a head is missing, or a shape is wrong.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty")
+    refuse_existing(output)
     # Fixed draws for heads the source lacks: the same source gives the same bytes.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -116,18 +142,10 @@ def write_folder(
     # A head that the source lists as random is random, even though its tensors are there.
     listed = values.get("untrained_heads", ())
     model.config.untrained_heads = [h for h in HEADS if h in untrained or h in listed]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}_", dir=output.parent))
-    try:
+    with new_folder(output) as scratch:
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        os.replace(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Conversion(
         source=source,
         output=output,

@@ -106,7 +106,7 @@ def _spans_of(spans: Tensor, is_kept: Tensor, kept: Tensor) -> SpanTargets:
     row_of_place = row_of_place.index_copy(0, kept, torch.arange(num_tokens, device=kept.device))
     left, right = (row_of_place.index_select(0, edge) for edge in places.unbind(1))
     num_targets = cast(int, counts.sum().item())  # int() would ask for its value
-    torch._check(num_targets >= 0)
+    torch._check(num_targets >= 0)  # type: ignore[no-untyped-call]
     cu = functional.pad(counts.cumsum(0), (1, 0)).int()
     return SpanTargets(left, right, cu, kept.new_zeros(num_targets))
 
@@ -127,7 +127,7 @@ def trace(model: Model, outputs: Sequence[str]) -> ExportedProgram:
     """The graph of some of `OUTPUTS`, for any number of rows, columns and spans.
 
     Args:
-        model: In evaluation mode, with the "sdpa" attention.
+        model: Its training mode is left as it was; with the "sdpa" attention.
         outputs: Names and order of what the graph returns.
     """
     # Three rows of four columns, one padded; no two sizes are equal, so none is taken for another.
@@ -138,12 +138,17 @@ def trace(model: Model, outputs: Sequence[str]) -> ExportedProgram:
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
     values["sbo_spans"] = spans
     batch, length = Dim("batch"), Dim("length", max=model.config.max_position_embeddings)
-    dimensions = dict.fromkeys(values, {0: batch, 1: length})
+    dimensions = {name: {0: batch, 1: length} for name in values}
     dimensions["sbo_spans"] = {0: batch, 1: Dim("spans")}
     names = input_names(outputs)
-    return torch.export.export(
-        InferenceGraph(model, outputs).eval(),
-        (),
-        {name: values[name] for name in names},
-        dynamic_shapes={name: dimensions[name] for name in names},
-    )
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        return torch.export.export(
+            InferenceGraph(model, outputs).eval(),
+            (),
+            {name: values[name] for name in names},
+            dynamic_shapes={name: dimensions[name] for name in names},
+        )
+    finally:
+        for module in in_training:
+            module.training = True
