@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spanbert_fast.convert.folder import new_folder
-from spanbert_fast.convert.onnx import OPSET, quantize_int8, write_onnx
+from spanbert_fast.convert.onnx import OPSET, quantize_int8, require_packages, write_onnx
 from spanbert_fast.model.graph import HEADS_OF_OUTPUTS, OUTPUTS, input_names, trace
 from spanbert_fast.model.pretrained import Model
 
@@ -76,6 +76,8 @@ def export_model(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}"
         )
+    if to == "onnx":
+        require_packages(quantizes=quantize is not None)
     with new_folder(output) as folder:
         program = trace(model, outputs)
         path = folder / _FILES[to]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import tempfile
 import warnings
@@ -27,6 +27,16 @@ _SIZES = {
 }
 
 
+def require_packages(*, quantizes: bool) -> None:
+    """Raises RuntimeError if a package is missing that the functions below need."""
+    for name in ("onnx", "onnxscript", *(["onnxruntime"] if quantizes else [])):
+        if importlib.util.find_spec(name) is None:
+            raise RuntimeError(
+                f"{name} is not installed; `pip install 'spanbert_fast[onnx]'` installs what ONNX "
+                "needs"
+            )
+
+
 def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str]) -> None:
     """Write the graph and its weights to a new file, and check it.
 
@@ -34,12 +44,7 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str]) -> 
         program: the traced model.
         path: the file; weights that do not fit lie beside it, in `WEIGHTS_NAME`.
         outputs: names of the outputs, in their order.
-
-    Raises:
-        RuntimeError: a package is missing.
     """
-    onnx = _import("onnx")
-    _import("onnxscript")
     with _quiet():
         written = torch.onnx.export(
             program, (), dynamo=True, opset_version=OPSET, output_names=outputs, verbose=False
@@ -47,6 +52,14 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str]) -> 
     assert written is not None
     model = written.model_proto
     _name_sizes(model.graph)
+    # Where in which file each node was traced: of no use elsewhere, and larger than the graph.
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("metadata_props")
+    _save(model, path)
+
+
+def _save(model: Any, path: Path) -> None:
+    onnx: Any = importlib.import_module("onnx")
     size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     onnx.save_model(
         model, path, save_as_external_data=size > _MAX_INLINE_BYTES, location=WEIGHTS_NAME
@@ -63,12 +76,8 @@ def quantize_int8(source: Path, target: Path) -> None:
     Args:
         source: a file of `write_onnx`.
         target: the new file.
-
-    Raises:
-        RuntimeError: a package is missing.
     """
-    onnx = _import("onnx")
-    _import("onnxruntime")
+    onnx: Any = importlib.import_module("onnx")
     quantization: Any = importlib.import_module("onnxruntime.quantization")
     shapes: Any = importlib.import_module("onnxruntime.quantization.shape_inference")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder, _quiet():
@@ -88,17 +97,6 @@ def quantize_int8(source: Path, target: Path) -> None:
             weight_type=quantization.QuantType.QInt8,
         )
     onnx.checker.check_model(target)
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise RuntimeError(
-            f"{name} is not installed; `pip install 'spanbert_fast[onnx]'` installs what ONNX needs"
-        ) from error
 
 
 @contextmanager
