@@ -1,6 +1,6 @@
-"""What 8-bit weights cost in accuracy and give in speed, on real BERT weights; needs `.real_weights`.
+"""What 8-bit weights cost in accuracy and give in speed, on the real weights of `.real_weights`.
 
-One thread, CPU time, the variants in turn; every variant is compared with PyTorch before it is timed.
+One thread, CPU time, the variants in turn; each is compared with PyTorch before it is timed.
 torchao takes part where it is installed.
 """
 
@@ -83,19 +83,25 @@ def variants(folder: Path, source: Path, output: str) -> Iterator[tuple[str, Run
     exact = folder / "exact"
     export_model(model, exact, outputs=[output])
     yield "ONNX float32", session(exact / "model.onnx")
-    for kind in (QuantType.QUInt8, QuantType.QInt8):
-        for per_channel in (True, False):
-            for products in (["MatMul"], ["MatMul", "Gather"]):
-                name = f"ONNX {kind} {'column' if per_channel else 'tensor'} {'+'.join(products)}"
-                path = folder / f"{name.replace(' ', '_')}.onnx"
-                quantize_dynamic(
-                    exact / "model.onnx",
-                    path,
-                    op_types_to_quantize=products,
-                    per_channel=per_channel,
-                    weight_type=kind,
-                )
-                yield name, session(path)
+    for kind, scale, products, is_narrow in (
+        (QuantType.QUInt8, "column", ["MatMul"], False),
+        (QuantType.QInt8, "column", ["MatMul"], False),
+        (QuantType.QInt8, "column", ["MatMul"], True),
+        (QuantType.QUInt8, "tensor", ["MatMul"], False),
+        (QuantType.QInt8, "tensor", ["MatMul"], False),
+        (QuantType.QUInt8, "column", ["MatMul", "Gather"], False),
+    ):
+        name = f"ONNX {kind} per {scale} {'+'.join(products)}{' 7 bits' if is_narrow else ''}"
+        path = folder / f"{name.replace(' ', '_')}.onnx"
+        quantize_dynamic(
+            exact / "model.onnx",
+            path,
+            op_types_to_quantize=products,
+            per_channel=scale == "column",
+            reduce_range=is_narrow,
+            weight_type=kind,
+        )
+        yield name, session(path)
     if importlib.util.find_spec("torchao"):
         from torchao import quantization as ao
 

@@ -48,9 +48,9 @@ class EncoderOutput(NamedTuple):
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what `kind` does and nothing else.
 
-    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when
-    it is called. In all these cases it has to be called; otherwise its weight may go to a fused
-    operation directly.
+    Adapters replace a module, parametrizations its class, quantizers the kind of tensor that its
+    weight is, and hooks or a patched `forward` act when it is called. In all these cases it has to
+    be called; otherwise its weight may go to a fused operation directly.
     """
     hooks = (
         module._forward_hooks,
@@ -58,7 +58,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+    wraps = any(hasattr(tensor, "__tensor_flatten__") for tensor in module._parameters.values())
+    is_called = any(hooks) or wraps or "forward" in vars(module)
+    return type(module) is kind and not is_called
 
 
 class Embeddings(nn.Module):
