@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test verify-kernels kernel-report lock clean
+.PHONY: demo test bench lint format wheel sanitize kill-test verify-export verify-kernels kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
@@ -37,6 +37,9 @@ sanitize: $(VENV)/development
 
 kill-test: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest tests/train -m slow --timeout=3600
+
+verify-export: $(VENV)/development $(VENV)/core .real_weights
+	$(BIN)/python -m pytest tests/convert/test_export.py -m slow --timeout=900
 
 verify-kernels: $(VENV)/development $(VENV)/core
 	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))

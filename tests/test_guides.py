@@ -36,18 +36,31 @@ def demo_model(tmp_path: Path) -> Iterator[Path]:
     enable_progress_bars()
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("name", ["huggingface.md"])
-def test_python_blocks_run_in_order(
-    name: str, demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(demo_model)
+def run_blocks(name: str, at_least: int) -> dict[str, object]:
+    """The names that the Python blocks of a guide leave behind."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+    assert len(blocks) >= at_least
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, name, "exec"), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_export_guide(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("export.md", 3)
+    written = {path.name for path in (demo_model / "demo_output" / "served").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= written
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_python_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    names = run_blocks("huggingface.md", 5)
     assert "'mlm_loss', 'sbo_loss'" in capsys.readouterr().out
     assert isinstance(names["sbo"].loss, torch.Tensor)
 

