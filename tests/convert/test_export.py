@@ -240,7 +240,7 @@ def test_real_weights_exact_and_in_eight_bits(tmp_path: Path, folder: str, outpu
         assert main(["export", *words, str(tmp_path / "exact")]) == 0
         assert main(["export", *words, str(tmp_path / "rough"), "--quantize", "int8"]) == 0
     sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("exact", "rough")]
-    assert sizes[1] < (0.7 if folder.startswith(("cognition", "gt_all")) else 0.35) * sizes[0]
+    assert sizes[1] < 0.55 * sizes[0]
     exact, rough = (session_of(tmp_path / name / "model.onnx") for name in ("exact", "rough"))
     for shape in [(1, 1), (3, 512), (7, 40)]:
         inputs = inputs_of(shape, vocab_size=model.config.vocab_size)
