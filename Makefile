@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test test-tensorflow verify-kernels \
+.PHONY: demo test bench lint format wheel sanitize kill-test test-tensorflow verify-export verify-kernels \
         kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
@@ -41,6 +41,9 @@ kill-test: $(VENV)/development $(VENV)/core
 
 test-tensorflow: $(VENV)/development $(VENV)/core .tensorflow .real_weights
 	SPANBERT_FAST_TENSORFLOW=$(CURDIR)/.tensorflow $(BIN)/python -m pytest tests/convert/test_tensorflow.py
+
+verify-export: $(VENV)/development $(VENV)/core .real_weights
+	$(BIN)/python -m pytest tests/convert/test_export.py -m slow --timeout=900
 
 verify-kernels: $(VENV)/development $(VENV)/core
 	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))

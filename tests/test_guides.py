@@ -68,6 +68,14 @@ def run_page(name: str, printed: pytest.CaptureFixture[str]) -> None:
             assert main(words[1:]) == 0, line
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_export_guide(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("export.md", 3)
+    written = {path.name for path in (demo_model / "demo_output" / "served").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= written
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_python_blocks_run_in_order(

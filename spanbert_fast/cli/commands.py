@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spanbert_fast.cli.arguments import Command
+from spanbert_fast.cli.export import run_export
 
 FAILURE = 1
 """Status of a command that ran and found something wrong."""
@@ -204,6 +205,13 @@ COMMANDS = {
         _run_convert,
         positional=("source", "output"),
         renamed={"source_format": "from", "target_format": "to"},
+        has_json=True,
+    ),
+    "export": Command(
+        "write a model as an ONNX or torch.export graph",
+        "spanbert_fast.convert.options:ExportOptions",
+        run_export,
+        positional=("model",),
         has_json=True,
     ),
     "plan": Command(

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from spanbert_fast.convert.export import Export
+    from spanbert_fast.convert.departure import Written
     from spanbert_fast.convert.folder import Conversion
     from spanbert_fast.data.options import PrepareSummary
     from spanbert_fast.diagnose.folders import ShowReport, VerifyReport
@@ -187,7 +187,7 @@ def prepared(summary: PrepareSummary) -> None:
     )
 
 
-def converted(done: Conversion | Export, as_json: bool) -> None:
+def converted(done: Conversion | Written, as_json: bool) -> None:
     """What became of a foreign checkpoint, or of a folder that leaves."""
     if as_json:
         print_json(done)

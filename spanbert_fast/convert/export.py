@@ -1,160 +1,144 @@
-"""What every way out of our folders shares: the model that leaves, its heads, its files."""
+"""Write a model as a folder that other runtimes serve: ONNX, or a program of `torch.export`."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from spanbert_fast.config import HEADS, Config
-from spanbert_fast.convert.folder import HEAD_PREFIXES
+from spanbert_fast.convert.onnx import OPSET, quantize_int8, require_packages, write_onnx
+from spanbert_fast.convert.publish import new_folder
+from spanbert_fast.model.graph import HEADS_OF_OUTPUTS, OUTPUTS, input_names, trace
 from spanbert_fast.model.pretrained import Model
 
-ExportDtype = Literal["float32", "float16"]
-# The fields that BERT's own code knows, in TensorFlow and in the original SpanBERT.
-_BERT_FIELDS = (
-    "attention_probs_dropout_prob",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "type_vocab_size",
-    "vocab_size",
-)
-_BERT_LAYER_NORM_EPS = 1e-12
+Format = Literal["onnx", "torch"]
+Quantization = Literal["int8"]
+_FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written for other software."""
+    """What was written."""
 
-    source: Path
     output: Path
-    num_parameters: int
-    """Of the model, what is tied counted once."""
-    dtype: str
-    files: tuple[str, ...]
-    heads: tuple[str, ...]
-    """Heads that were written, of "mlm" and "sbo"."""
-    left_out: tuple[str, ...]
-    """Heads that were not: on request, for want of training, or because nobody could read them."""
-
-    @property
-    def remarks(self) -> tuple[tuple[str, str], ...]:
-        """What a reader of the report wants to know, as pairs of a name and a text."""
-        return (
-            ("precision", self.dtype),
-            ("files", ", ".join(self.files)),
-            ("heads", ", ".join(self.heads) or "none"),
-            ("left out", ", ".join(self.left_out) or "nothing"),
-        )
+    file: str
+    """Name of the graph's file in the folder."""
+    inputs: tuple[str, ...]
+    """Names of what the graph takes; all are int64."""
+    outputs: tuple[str, ...]
+    opset: int | None
+    """Of ONNX's operators; None for `torch`."""
+    quantization: Quantization | None
+    num_bytes: int
+    """Size of the graph with its weights."""
 
 
-@dataclass(frozen=True)
-class Departure:
-    """A model on its way out."""
+def export_model(
+    model: Model,
+    output: Path | str,
+    *,
+    to: Format = "onnx",
+    outputs: Sequence[str] = ("logits",),
+    quantize: Quantization | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_untrained_heads: bool = False,
+) -> Export:
+    """Write the model's graph, `config.json` and tokenizer; `output` appears whole or not at all.
 
-    source: Path
-    config: Config
-    heads: tuple[str, ...]
-    tensors: dict[str, Tensor]
-    """By our names, what is tied once: under the word embeddings and the bias of the MLM head."""
-
-    def report(self, output: Path, dtype: torch.dtype) -> Export:
-        """The report on the finished folder."""
-        return Export(
-            source=self.source,
-            output=output,
-            num_parameters=sum(tensor.numel() for tensor in self.tensors.values()),
-            dtype=str(dtype).removeprefix("torch."),
-            files=tuple(sorted(path.name for path in output.iterdir())),
-            heads=self.heads,
-            left_out=tuple(head for head in HEADS if head not in self.heads),
-        )
-
-
-def depart(
-    source: Path, *, heads: tuple[str, ...] = HEADS, needs_bert_eps: bool = False
-) -> Departure:
-    """The encoder of a folder of ours and those of the wanted heads that are trained.
+    The graph takes any number of rows and columns, and computes what the model in evaluation mode
+    computes. It skips padding as the model does.
 
     Args:
-        source: one of our folders, or any that `sf.Model.from_pretrained` reads.
-        heads: the heads to write if they are trained.
-        needs_bert_eps: whether the reader has BERT's `layer_norm_eps` built in.
+        model: in float32 for ONNX; its training mode is left as it was.
+        output: the new folder; must not exist or be empty.
+        to: `"onnx"` writes `model.onnx`, `"torch"` writes `model.pt2`.
+        outputs: what the graph returns, in this order, of `last_hidden_state`, `logits` (MLM) and
+            `sbo_logits` (SBO; adds the input `sbo_spans`).
+        quantize: `"int8"`: products with 8-bit weights and activations; only for ONNX.
+        tokenizer: saved into the folder.
+        allow_untrained_heads: export heads listed in `config.untrained_heads`, too.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder is damaged, or the reader could not compute its numbers.
+        ValueError: an argument is none of the allowed ones, a head is untrained, or the model is of
+            a precision or an attention that cannot be exported.
+        FileExistsError: `output` exists and is not empty.
+        RuntimeError: a package is missing.
     """
-    if not source.is_dir():
-        raise FileNotFoundError(f"no such folder: {source}")
-    model = Model.from_pretrained(source)
-    eps = model.config.layer_norm_eps
-    if needs_bert_eps and eps != _BERT_LAYER_NORM_EPS:
+    output = Path(output)
+    _check_choices(to, outputs, quantize)
+    _check_model(model, to, outputs, allow_untrained_heads)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"{source}: layer_norm_eps is {eps}, must be {_BERT_LAYER_NORM_EPS}: that format has "
-            "no place for it, so its readers would compute other numbers"
+            f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}"
         )
-    kept = tuple(h for h in HEADS if h in heads and h not in model.config.untrained_heads)
-    prefixes = ("bert.", *(HEAD_PREFIXES[head] for head in kept))
-    tensors = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.startswith(prefixes)
-    }
-    # Which of its two names a tied tensor goes by is the order of the modules; this one is ours.
-    if (bias := tensors.pop("cls.predictions.decoder.bias", None)) is not None:
-        tensors["cls.predictions.bias"] = bias
-    return Departure(source, model.config, kept, tensors)
+    if to == "onnx":
+        require_packages(quantizes=quantize is not None)
+    with new_folder(output) as folder:
+        program = trace(model, outputs)
+        path = folder / _FILES[to]
+        if to == "torch":
+            torch.export.save(program, path)
+        elif quantize is None:
+            write_onnx(program, path, outputs)
+        else:
+            with tempfile.TemporaryDirectory(dir=folder.parent) as exact:
+                write_onnx(program, Path(exact) / path.name, outputs)
+                quantize_int8(Path(exact) / path.name, path)
+        num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        model.config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Export(
+        output=output,
+        file=_FILES[to],
+        inputs=tuple(input_names(outputs)),
+        outputs=tuple(outputs),
+        opset=OPSET if to == "onnx" else None,
+        quantization=quantize,
+        num_bytes=num_bytes,
+    )
 
 
-def bert_config(config: Config) -> dict[str, object]:
-    """The configuration as BERT's own code writes it."""
-    return {name: getattr(config, name) for name in _BERT_FIELDS}
+def _check_choices(to: object, outputs: Sequence[str], quantize: object) -> None:
+    if to not in get_args(Format):
+        raise ValueError(f"to must be one of {', '.join(get_args(Format))}, got {to!r}")
+    if quantize is not None and quantize not in get_args(Quantization):
+        raise ValueError(
+            f"quantize must be None or one of {', '.join(get_args(Quantization))}, got {quantize!r}"
+        )
+    if quantize is not None and to != "onnx":
+        raise ValueError(f"quantize={quantize!r} needs to='onnx', got to={to!r}")
+    if isinstance(outputs, str) or not outputs or len(set(outputs)) != len(outputs):
+        raise ValueError(f"outputs must be one or more different names, got {outputs!r}")
+    if unknown := [name for name in outputs if name not in OUTPUTS]:
+        raise ValueError(f"outputs may hold {', '.join(OUTPUTS)}, got {unknown[0]!r}")
 
 
-def smallest_exact_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """float16, as SpanBERT was released, if that changes no value; else float32."""
-    exact = all(torch.equal(t.half().to(t.dtype), t) for t in tensors.values())
-    return torch.float16 if exact else torch.float32
-
-
-def cast_all(source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors in another precision.
-
-    Raises:
-        ValueError: a value is too large for it.
-    """
-    cast = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    for name, tensor in cast.items():
-        if bool(tensor.isinf().any()) and not bool(tensors[name].isinf().any()):
-            raise ValueError(f"{source}: {name} holds values that {dtype} has no room for")
-    return cast
-
-
-def copy_vocabulary(source: Path, target: Path) -> None:
-    """Writes `vocab.txt`, as it is or, without one, from the WordPiece in `tokenizer.json`."""
-    if (source / "vocab.txt").is_file() or not (source / "tokenizer.json").is_file():
-        copy_files(source, target, ("vocab.txt",))
-        return
-    model = json.loads((source / "tokenizer.json").read_text("utf-8"))["model"]
-    if model["type"] == "WordPiece":
-        entries = sorted(model["vocab"], key=model["vocab"].__getitem__)
-        (target / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries), "utf-8")
-
-
-def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copies those of the files that are there."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _check_model(model: object, to: str, outputs: Sequence[str], allow_untrained: bool) -> None:
+    if not isinstance(model, Model):
+        raise TypeError(
+            "model must be a spanbert_fast Model (Model.from_pretrained reads Hugging Face "
+            f"folders too), not {type(model).__name__}"
+        )
+    for name in outputs:
+        head = HEADS_OF_OUTPUTS.get(name)
+        if head in model.config.untrained_heads and not allow_untrained:
+            trained = [n for n in OUTPUTS if HEADS_OF_OUTPUTS.get(n) not in
+                       model.config.untrained_heads]  # fmt: skip
+            raise ValueError(
+                f"{name} comes from the {str(head).upper()} head, which is untrained: its weights "
+                f"are random. Trained are {', '.join(trained)}; allow_untrained_heads=True "
+                "(--allow-untrained-heads) exports it nevertheless"
+            )
+    if to == "onnx" and model.dtype != torch.float32:
+        raise ValueError(f"model must be in torch.float32 for ONNX, got {model.dtype}")
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError(
+            'the attention must be "sdpa" (model.set_attn_implementation), got '
+            f"{model.config._attn_implementation!r}"
+        )

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spanbert_fast.config import HEADS
-from spanbert_fast.convert.export import (
-    Export,
+from spanbert_fast.convert.departure import (
     ExportDtype,
+    Written,
     bert_config,
     cast_all,
     copy_vocabulary,
@@ -84,7 +84,7 @@ def convert_fairseq(
 
 def write_fairseq(
     source: Path, output: Path, *, encoder_only: bool = False, dtype: ExportDtype | None = None
-) -> Export:
+) -> Written:
     """Write one of our folders as the original SpanBERT was released.
 
     With a trained head the folder holds `model.pt`: one flat state dict, names with the prefix

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
 
 from spanbert_fast.config import Config
-from spanbert_fast.convert.export import Export, ExportDtype, cast_all, copy_files, depart
+from spanbert_fast.convert.departure import ExportDtype, Written, cast_all, copy_files, depart
 from spanbert_fast.convert.folder import Conversion, plain_names, read_config, write_folder
 from spanbert_fast.convert.isolated import TIMEOUT_SECONDS
 from spanbert_fast.convert.publish import new_folder
@@ -76,7 +76,7 @@ def _prefixes(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def write_huggingface(
     source: Path, output: Path, *, encoder_only: bool = False, dtype: ExportDtype | None = None
-) -> Export:
+) -> Written:
     """Write one of our folders as a plain Hugging Face BERT, without the span boundary head.
 
     It is a `BertForMaskedLM`; with `encoder_only`, or if the MLM head is untrained, a `BertModel`

@@ -55,3 +55,23 @@ class ConvertOptions:
             raise ValueError("--config is needed: the original checkpoint does not tell its sizes")
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a model as one graph that other runtimes serve."""
+
+    model: str
+    """Folder or hub name."""
+    to: Literal["onnx", "torch"]
+    """onnx: model.onnx; torch: model.pt2, a program of torch.export."""
+    output: Path
+    """New folder, for the graph, config.json and tokenizer."""
+    outputs: tuple[Literal["last_hidden_state", "logits", "sbo_logits"], ...] = ("logits",)
+    """What the graph returns: hidden states, logits of the MLM head, logits of the SBO head."""
+    quantize: Literal["int8"] | None = None
+    """Compute products with 8-bit weights and activations (onnx only)."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer to save along; the model's own unless given."""
+    allow_untrained_heads: bool = False
+    """Export heads with random weights, too."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from spanbert_fast.convert.export import Export
+from spanbert_fast.convert.departure import Written
 from spanbert_fast.convert.fairseq import convert_fairseq, write_fairseq
 from spanbert_fast.convert.folder import Conversion
 from spanbert_fast.convert.huggingface import convert_huggingface, write_huggingface
@@ -16,7 +16,7 @@ from spanbert_fast.convert.tensorflow import convert_tensorflow, write_tensorflo
 
 def convert(
     options: ConvertOptions, *, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Conversion | Export:
+) -> Conversion | Written:
     """Write what the options ask for; raises what the converter of the format raises.
 
     Args:

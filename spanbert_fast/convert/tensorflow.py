@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spanbert_fast.config import HEADS
-from spanbert_fast.convert.export import Export, bert_config, cast_all, copy_vocabulary, depart
+from spanbert_fast.convert.departure import Written, bert_config, cast_all, copy_vocabulary, depart
 from spanbert_fast.convert.folder import (
     Conversion,
     read_config,
@@ -106,7 +106,7 @@ def write_tensorflow(
     *,
     encoder_only: bool = False,
     timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Export:
+) -> Written:
     """Write one of our folders as Google released BERT: checkpoint, configuration, vocabulary.
 
     Variables are float32 and named as in Google's code; the SBO head stands under

@@ -56,9 +56,9 @@ class EncoderOutput(NamedTuple):
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what `kind` does and nothing else.
 
-    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when
-    it is called. In all these cases it has to be called; otherwise its weight may go to a fused
-    operation directly.
+    Adapters replace a module, parametrizations its class, quantizers the kind of tensor that its
+    weight is, and hooks or a patched `forward` act when it is called. In all these cases it has to
+    be called; otherwise its weight may go to a fused operation directly.
     """
     hooks = (
         module._forward_hooks,
@@ -66,7 +66,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+    wraps = any(hasattr(tensor, "__tensor_flatten__") for tensor in module._parameters.values())
+    is_called = any(hooks) or wraps or "forward" in vars(module)
+    return type(module) is kind and not is_called
 
 
 class Embeddings(nn.Module):
@@ -140,8 +142,9 @@ class SelfAttention(nn.Module):
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         owners = (self.query, self.key, self.value)
-        # Joining the weights costs a copy of them, which only many rows pay back.
-        pays = hidden.shape[0] >= hidden.shape[1]
+        # Joining the weights costs a copy of them, which only many rows pay back. An exported graph
+        # serves any number of rows, so it must not depend on it.
+        pays = not torch.compiler.is_exporting() and hidden.shape[0] >= hidden.shape[1]
         if pays and all(is_plain(owner, nn.Linear) for owner in owners):
             return joined_products(owners, hidden)
         return tuple(owner(hidden) for owner in owners)
