@@ -56,8 +56,10 @@ class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         requested = requested_attention or "sdpa"
         if requested not in ATTENTION_IMPLEMENTATIONS:
+            # The first words are Hugging Face's, for whoever looks for them.
             raise ValueError(
-                f"attn_implementation must be one of {ATTENTION_IMPLEMENTATIONS}, got {requested!r}"
+                f'Specified `attn_implementation="{requested}"` is not supported: it must be one '
+                f"of {ATTENTION_IMPLEMENTATIONS}"
             )
         return requested
 
