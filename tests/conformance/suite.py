@@ -106,8 +106,9 @@ def known_as(**classes: tuple[str, ...]) -> Iterator[None]:
     Their tests ask these tables which labels a class takes.
     """
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
-    with mock.patch.dict(auto.MODEL_MAPPING_NAMES), mock.patch.dict(
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    with (
+        mock.patch.dict(auto.MODEL_MAPPING_NAMES),
+        mock.patch.dict(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     ):
         for kind, names in classes.items():
             prefix = "MODEL" if kind == "BASE" else f"MODEL_FOR_{kind}"

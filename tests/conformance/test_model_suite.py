@@ -14,6 +14,7 @@ from conformance.pipelines import WORDS, load_mixin, save_small_model
 from conformance.suite import held_to, known_as, load
 from spanbert_fast.config import Config
 from spanbert_fast.model.backbone import Backbone
+from spanbert_fast.model.encoder import Layer
 from spanbert_fast.model.pretrained import Model
 
 modeling, training = load("test_modeling_common"), load("test_training_mixin")
@@ -68,9 +69,11 @@ class ModelSuite(
     }
     test_can_init_all_missing_weights_before_2023 = True
     _torch_compile_train_cls = Model
+    replaced: ClassVar = {"GradientCheckpointingLayer": Layer}
     model_tester: Any = None
 
     def setUp(self) -> None:
+        self.enterContext(mock.patch.multiple(modeling, **self.replaced))
         self.enterContext(known_as(BASE=("Backbone",), MASKED_LM=("Model",)))
         self.model_tester = Tester()
 
