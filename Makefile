@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFORMANCE := $(patsubst transformers==%,build/conformance/%,$(filter transformers==%,$(file <requirements/conformance.lock)))
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test verify-kernels kernel-report lock clean
+.PHONY: demo test bench lint format wheel sanitize kill-test conformance verify-kernels kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
 
 test: lint .real_weights
+	@$(MAKE) --no-print-directory $(firstword $(CONFORMANCE)) || echo "Hugging Face's tests: not fetched"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(VENV)/development $(VENV)/core
@@ -38,6 +40,9 @@ sanitize: $(VENV)/development
 kill-test: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest tests/train -m slow --timeout=3600
 
+conformance: $(VENV)/development $(VENV)/core $(CONFORMANCE)
+	$(BIN)/python tests/conformance/run.py
+
 verify-kernels: $(VENV)/development $(VENV)/core
 	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))
 
@@ -49,6 +54,11 @@ kernel-report: $(VENV)/development $(VENV)/core
 	rm -rf $@.partial
 	$(PIP) install --quiet --no-deps --target $@.partial -r $<
 	mv $@.partial $@
+	@touch $@
+
+# Hugging Face's own tests, as its source archives carry them, and what they import.
+build/conformance/%: requirements/conformance.lock | $(VENV)/development
+	$(BIN)/python tests/conformance/fetch.py $*
 	@touch $@
 
 lock:

@@ -20,7 +20,7 @@ from transformers import BertTokenizerFast, Pipeline, PreTrainedModel, pipeline
 from conformance import suite
 
 WORDS = ("we", "must", "work", "together", "to", "keep", "the", "peace", ".", "this", "is")
-SENTENCES = ["we must work together .", "this is the peace .", "keep to the work"]
+SENTENCES = ("we must work together .", "this is the peace .", "keep to the work")
 LABELS = {0: "contradiction", 1: "neutral", 2: "entailment"}
 
 
@@ -28,14 +28,14 @@ class Judge:
     """Makes the pipeline of one task and judges what it returns."""
 
     task: str
-    examples = SENTENCES
+    examples: tuple[str, ...] = SENTENCES
 
     def get_test_pipeline(
         self, model: PreTrainedModel, tokenizer: Any, dtype: str, **processors: Any
     ) -> tuple[Pipeline, list[str]]:
         # `pipeline(dtype=...)` leaves a model that is loaded already as it is.
         model = model.to(getattr(torch, dtype))
-        return pipeline(self.task, model=model, tokenizer=tokenizer), self.examples
+        return pipeline(self.task, model=model, tokenizer=tokenizer), [*self.examples]
 
     def run_pipeline_test(self, made: Pipeline, examples: list[str]) -> None:
         for example in examples:
@@ -51,7 +51,7 @@ class Judge:
 
 class FillMask(Judge):
     task = "fill-mask"
-    examples = ["we must [MASK] together .", "[MASK] is the peace"]
+    examples = ("we must [MASK] together .", "[MASK] is the peace")
 
     def judge(self, made: Any, text: str, answer: Any) -> None:
         assert len(answer) == 5
@@ -127,7 +127,11 @@ def load_mixin(names: tuple[str, ...]) -> ModuleType:
             module = suite.load("test_pipeline_mixin")
     module.tiny_model_summary.update(summary)
     for task, judge in JUDGES.items():
-        module.pipeline_test_mapping[task] = {"test": f"{__name__}.{judge.__name__}"}
+        # A class until 5.22, then the name of one.
+        is_name = isinstance(module.pipeline_test_mapping[task]["test"], str)
+        module.pipeline_test_mapping[task]["test"] = (
+            f"{__name__}.{judge.__name__}" if is_name else judge
+        )
     return module
 
 
