@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -39,6 +41,20 @@ class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             module, "weight"
         ):
             init.zeros_(bias)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes configuration and weights, as safetensors; arguments as in Hugging Face."""
+        parent: Any = super()
+        parent.save_pretrained(save_directory, is_main_process, **kwargs)
+        if kwargs.get("variant") or not is_main_process:
+            return
+        # Hugging Face leaves a single file beside new shards, and would load it in their place.
+        folder = Path(save_directory)
+        is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+        stale = folder / ("model.safetensors" if is_sharded else "model.safetensors.index.json")
+        stale.unlink(missing_ok=True)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *_: Any, **__: Any

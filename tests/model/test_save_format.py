@@ -239,10 +239,12 @@ def test_saved_again_in_another_form(random_model: Model, tmp_path: Path) -> Non
     with torch.no_grad():
         random_model.cls.span_boundary.bias.add_(1.0)
     random_model.save_pretrained(tmp_path)
+    assert_sharded(tmp_path, is_sharded=False)
     assert_same(load(tmp_path)[0].state_dict(), random_model.state_dict())
     with torch.no_grad():
         random_model.cls.span_boundary.bias.add_(1.0)
     random_model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert_sharded(tmp_path, is_sharded=True)
     assert_same(load(tmp_path)[0].state_dict(), random_model.state_dict())
 
 
