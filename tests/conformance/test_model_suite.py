@@ -21,7 +21,7 @@ modeling, training = load("test_modeling_common"), load("test_training_mixin")
 configuration, pipelines = load("test_configuration_common"), load_mixin(("Model", "Backbone"))
 
 
-class Tester:
+class Setup:
     """The model and the batch that their tests ask for; names and sizes as in their BERT tests."""
 
     batch_size, seq_length, hidden_size = 13, 7, 32
@@ -75,7 +75,7 @@ class ModelSuite(
     def setUp(self) -> None:
         self.enterContext(mock.patch.multiple(modeling, **self.replaced))
         self.enterContext(known_as(BASE=("Backbone",), MASKED_LM=("Model",)))
-        self.model_tester = Tester()
+        self.model_tester = Setup()
 
     def _prepare_for_class(
         self, inputs_dict: dict[str, Any], model_class: Any, return_labels: bool = False

@@ -46,7 +46,7 @@ def patched_class(name: str) -> type[PreTrainedModel]:
     return made
 
 
-class Tester:
+class Setup:
     """The model and the batch that their tests ask for; names and sizes as in their BERT tests."""
 
     batch_size, seq_length, hidden_size = 13, 7, 32
@@ -103,7 +103,7 @@ class PatchedSuite(
     model_tester: Any = None
 
     def setUp(self) -> None:
-        self.model_tester = Tester(CLASSES)
+        self.model_tester = Setup(CLASSES)
 
     def run_task_tests(self, task: str, dtype: str = "float32") -> None:
         folder = self.enterContext(tempfile.TemporaryDirectory())
