@@ -42,7 +42,7 @@ class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         ):
             init.zeros_(bias)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the rarer arguments by keyword only
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
         """Writes configuration and weights, as safetensors; arguments as in Hugging Face."""

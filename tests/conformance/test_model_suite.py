@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-from torch import Tensor
-
 from conformance.pipelines import WORDS, load_mixin, save_small_model
+from conformance.small_model import SmallModel
 from conformance.suite import held_to, known_as, load
 from spanbert_fast.config import Config
 from spanbert_fast.model.backbone import Backbone
@@ -21,38 +20,10 @@ modeling, training = load("test_modeling_common"), load("test_training_mixin")
 configuration, pipelines = load("test_configuration_common"), load_mixin(("Model", "Backbone"))
 
 
-class Setup:
-    """The model and the batch that their tests ask for; names and sizes as in their BERT tests."""
-
-    batch_size, seq_length, hidden_size = 13, 7, 32
-    num_hidden_layers, num_attention_heads = 2, 4
-    is_training = True
+class Setup(SmallModel):
     causal_lm_class = Model
-
-    def get_config(self) -> Config:
-        return Config(
-            vocab_size=99,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=37,
-            max_position_embeddings=512,
-            type_vocab_size=16,
-            max_span_targets=5,
-            span_position_embedding_size=8,
-        )
-
-    def prepare_config_and_inputs_for_common(self) -> tuple[Config, dict[str, Tensor]]:
-        shape = [self.batch_size, self.seq_length]
-        return self.get_config(), {
-            "input_ids": modeling.ids_tensor(shape, 99),
-            "token_type_ids": modeling.ids_tensor(shape, 16),
-            "attention_mask": modeling.random_attention_mask(shape),
-        }
-
-    def prepare_config_and_inputs(self) -> tuple[Any, ...]:
-        config, inputs = self.prepare_config_and_inputs_for_common()
-        return config, *inputs.values()
+    config_class = Config
+    more_sizes: ClassVar = {"max_span_targets": 5, "span_position_embedding_size": 8}
 
 
 @held_to("sf.Model")

@@ -11,11 +11,11 @@ from unittest import mock
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
 import spanbert_fast as sf
 from conformance.pipelines import LABELS, WORDS, load_mixin, save_small_model
+from conformance.small_model import SmallModel
 from conformance.suite import held_to, load
 
 modeling, training = load("test_modeling_common"), load("test_training_mixin")
@@ -46,41 +46,12 @@ def patched_class(name: str) -> type[PreTrainedModel]:
     return made
 
 
-class Setup:
-    """The model and the batch that their tests ask for; names and sizes as in their BERT tests."""
-
-    batch_size, seq_length, hidden_size = 13, 7, 32
-    num_hidden_layers, num_attention_heads, num_choices = 2, 4, 4
-    is_training = True
-
-    def __init__(self, classes: dict[str, type[PreTrainedModel]]) -> None:
-        self.causal_lm_class = classes["BertForMaskedLM"]
-
-    def get_config(self) -> BertConfig:
-        return BertConfig(
-            vocab_size=99,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=37,
-            max_position_embeddings=512,
-            type_vocab_size=16,
-        )
-
-    def prepare_config_and_inputs_for_common(self) -> tuple[BertConfig, dict[str, Tensor]]:
-        shape = [self.batch_size, self.seq_length]
-        return self.get_config(), {
-            "input_ids": modeling.ids_tensor(shape, 99),
-            "token_type_ids": modeling.ids_tensor(shape, 16),
-            "attention_mask": modeling.random_attention_mask(shape),
-        }
-
-    def prepare_config_and_inputs(self) -> tuple[Any, ...]:
-        config, inputs = self.prepare_config_and_inputs_for_common()
-        return config, *inputs.values()
-
-
 CLASSES = {name: patched_class(name) for name in HEADS}
+
+
+class Setup(SmallModel):
+    causal_lm_class = CLASSES["BertForMaskedLM"]
+    config_class = BertConfig
 
 
 @held_to("patched BERT")
@@ -103,7 +74,7 @@ class PatchedSuite(
     model_tester: Any = None
 
     def setUp(self) -> None:
-        self.model_tester = Setup(CLASSES)
+        self.model_tester = Setup()
 
     def run_task_tests(self, task: str, dtype: str = "float32") -> None:
         folder = self.enterContext(tempfile.TemporaryDirectory())
