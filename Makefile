@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFORMANCE := $(patsubst transformers==%,build/conformance/%,$(filter transformers==%,$(file <requirements/conformance.lock)))
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test test-tensorflow verify-export verify-kernels \
+.PHONY: demo test bench lint format wheel sanitize kill-test test-tensorflow verify-export conformance verify-kernels \
         kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
 
 test: lint .real_weights
+	@$(MAKE) --no-print-directory $(firstword $(CONFORMANCE)) || echo "Hugging Face's tests: not fetched"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(VENV)/development $(VENV)/core
@@ -45,6 +47,9 @@ test-tensorflow: $(VENV)/development $(VENV)/core .tensorflow .real_weights
 verify-export: $(VENV)/development $(VENV)/core .real_weights
 	$(BIN)/python -m pytest tests/convert/test_export.py -m slow --timeout=900
 
+conformance: $(VENV)/development $(VENV)/core $(CONFORMANCE)
+	$(BIN)/python tests/conformance/run.py
+
 verify-kernels: $(VENV)/development $(VENV)/core
 	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))
 
@@ -64,6 +69,10 @@ kernel-report: $(VENV)/development $(VENV)/core
 	$(PIP) install --quiet --no-deps --target $@.partial -r $<
 	rm -rf $@
 	mv $@.partial $@
+
+# Hugging Face's own tests, as its source archives carry them, and what they import.
+build/conformance/%: requirements/conformance.lock | $(VENV)/development
+	$(BIN)/python tests/conformance/fetch.py $*
 	@touch $@
 
 lock:

@@ -65,6 +65,8 @@ class ReportedLoading:
         with _naming_damage(source):
             model, report = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
         report |= model.__dict__.pop("_names_not_loaded", {})
+        if kwargs.get("state_dict") == {}:  # no weights by request, as from a configuration
+            return (model, report) if wants_report else model
         pickles = [name for name in model.__dict__.pop("_files", ()) if ".safetensors" not in name]
         if pickles:
             warnings.warn(

@@ -64,7 +64,6 @@ def _absence(name: str) -> str:
 class Request(NamedTuple):
     """What is wanted of a packed batch, besides the batch."""
 
-    inputs_embeds: Tensor | None = None
     learns: bool = True
     has_sbo_targets: bool = True
     """False: the SBO rows of the batch ask for predictions, their targets are not known."""
