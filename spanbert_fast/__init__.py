@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from spanbert_fast.model.patch import unpatch as unpatch
     from spanbert_fast.model.pretrained import Model as Model
     from spanbert_fast.model.sbo_head import SBOHead as SBOHead
+    from spanbert_fast.model.span_scores import SpanScoring as SpanScoring
+    from spanbert_fast.model.span_segmenter import SpanSegmenter as SpanSegmenter
     from spanbert_fast.ops.dispatch import use_backend as use_backend
     from spanbert_fast.tasks.fill import FilledSpan as FilledSpan
     from spanbert_fast.tasks.fill import fill_span as fill_span
+    from spanbert_fast.tasks.segment import Segment as Segment
+    from spanbert_fast.tasks.segment import segment as segment
+    from spanbert_fast.tasks.span_embeddings import SpanEmbeddings as SpanEmbeddings
+    from spanbert_fast.tasks.span_embeddings import span_embeddings as span_embeddings
     from spanbert_fast.train.callback import SpanMaskingCallback as SpanMaskingCallback
     from spanbert_fast.train.trainer import Trainer as Trainer
 
@@ -31,12 +37,18 @@ _HOMES = {
     "Model": "spanbert_fast.model.pretrained",
     "PatchReport": "spanbert_fast.model.patch",
     "SBOHead": "spanbert_fast.model.sbo_head",
+    "Segment": "spanbert_fast.tasks.segment",
+    "SpanEmbeddings": "spanbert_fast.tasks.span_embeddings",
     "SpanMasker": "spanbert_fast.data.masking",
     "SpanMaskingCallback": "spanbert_fast.train.callback",
     "SpanMaskingCollator": "spanbert_fast.data.collator",
+    "SpanScoring": "spanbert_fast.model.span_scores",
+    "SpanSegmenter": "spanbert_fast.model.span_segmenter",
     "Trainer": "spanbert_fast.train.trainer",
     "fill_span": "spanbert_fast.tasks.fill",
     "patch": "spanbert_fast.model.patch",
+    "segment": "spanbert_fast.tasks.segment",
+    "span_embeddings": "spanbert_fast.tasks.span_embeddings",
     "unpatch": "spanbert_fast.model.patch",
     "use_backend": "spanbert_fast.ops.dispatch",
 }

@@ -78,7 +78,7 @@ def test_parts_of_the_memory() -> None:
         return deep.activations - flat.activations
 
     # What layers save for the backward pass grows with the batch.
-    assert four_layers(16) == pytest.approx(2 * four_layers(8), rel=0.05)
+    assert four_layers(16) == pytest.approx(2 * four_layers(8), rel=0.15)
     lean = step_memory(config, accumulates=False, activation_checkpointing=True, **shape)
     assert lean.activations < 0.8 * found.activations
     # Gradients that stay while the next micro-batch is computed.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spanbert_fast.model.inputs import PackedInputs
 from spanbert_fast.ops.attention import varlen_attention
 from spanbert_fast.ops.random import attention_keep_mask, dropout_threshold
 
@@ -20,12 +21,31 @@ def mix_values(
     max_seqlen: int,
     *,
     is_eager: bool,
+    inputs: PackedInputs | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixed values [T, H, K] and, with `is_eager`, probabilities; arguments as below."""
-    if is_eager:
+    """Mixed values [T, H, K] and, with `is_eager`, probabilities [B, H, S, S].
+
+    Args:
+        query: As all others, see `eager_attention`.
+        key: See `query`.
+        value: See `query`.
+        cu_seqlens: See `query`.
+        max_seqlen: See `query`.
+        is_eager: Whether the probabilities are wanted.
+        inputs: The padded batch by whose columns they are returned; None: by place in the sequence.
+        arguments: Scale and dropout.
+    """
+    if not is_eager:
+        return varlen_attention(query, key, value, cu_seqlens, max_seqlen, **arguments), None
+    if inputs is None or not inputs.has_one_sequence_per_row:
         return eager_attention(query, key, value, cu_seqlens, max_seqlen, **arguments)
-    return varlen_attention(query, key, value, cu_seqlens, max_seqlen, **arguments), None
+    # The product is of the very probabilities that are returned, so that `retain_grad` on them
+    # works as in Hugging Face.
+    probabilities = eager_probabilities(query, key, cu_seqlens, max_seqlen, **arguments)
+    weights = inputs.unpack_attention(probabilities).to(query.dtype)
+    mixed = (weights @ inputs.unpack(value).transpose(1, 2)).transpose(1, 2)
+    return inputs.pack(mixed), weights
 
 
 def eager_attention(

@@ -13,7 +13,6 @@ from spanbert_fast.model.backbone import (
     Backbone,
     SpanBertPreTrainedModel,
     refuse_decoder_arguments,
-    unpack_states,
 )
 from spanbert_fast.model.heads import Heads, RowScores, combine_losses
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
@@ -128,7 +127,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             encoder_hidden_states: Not supported.
             encoder_attention_mask: Not supported.
             output_hidden_states: Whether to return all hidden states.
-            output_attentions: Whether to return probabilities; needs `attn_implementation="eager"`.
+            output_attentions: Whether to return probabilities; see `Backbone.encode_packed`.
             return_dict: False for a tuple of what is not None.
 
         Raises:
@@ -155,7 +154,6 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             sequence_ids=sequence_ids,
         )
         request = Request(
-            inputs_embeds=inputs.inputs_embeds,
             learns=labels is not None or sbo_targets is not None,
             has_sbo_targets=sbo_spans is None or sbo_targets is not None,
             num_items=num_items_in_batch,
@@ -191,7 +189,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             num_sbo_items: SBO targets of the whole step; `loss_normalization="reference"` needs it
                 if `batch.num_items` is set.
             output_hidden_states: Whether to return all hidden states, [T, D] each.
-            output_attentions: Whether to return probabilities; needs the "eager" attention.
+            output_attentions: Whether to return probabilities; see `Backbone.encode_packed`.
         """
         request = Request(
             num_items=batch.num_items,
@@ -213,7 +211,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
     ) -> SpanBertOutput:
         encoded = self.bert.encode_packed(
             batch,
-            inputs_embeds=request.inputs_embeds,
+            inputs=inputs,
             dropout_seed=request.dropout_seed,
             output_hidden_states=request.output_hidden_states,
             output_attentions=request.output_attentions,
@@ -240,10 +238,9 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             logits = self.cls.mlm_logits(hidden)
         if batch.sbo_targets.shape[0] and self._gives_logits("sbo", request, has_targets["sbo"]):
             sbo_logits = self.cls.sbo_logits(hidden, batch)
+        if inputs is not None and logits is not None:
+            logits = inputs.unpack(logits)
         states, attentions = encoded.hidden_states, encoded.attentions
-        if inputs is not None:
-            states, attentions = unpack_states(inputs, encoded)
-            logits = None if logits is None else inputs.unpack(logits)
         return SpanBertOutput(loss, logits, states, attentions, mlm_loss, sbo_loss, sbo_logits)
 
     def _gives_logits(self, head: str, request: Request, has_targets: bool) -> bool:

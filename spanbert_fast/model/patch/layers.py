@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from spanbert_fast.model.eager_attention import eager_probabilities, mix_values
+from spanbert_fast.model.eager_attention import mix_values
 from spanbert_fast.model.encoder import joined_products
 from spanbert_fast.model.patch.packed import (
     Packed,
@@ -152,18 +152,10 @@ class PackedSelfAttention(Packed, serves="BertSelfAttention"):
         place = (layout.cu_seqlens, layout.max_seqlen)
         p = float(self.dropout.p) if self.training else 0.0
         arguments = layout.dropout(p, 1 + 3 * packed_call.layer) | {"scale": self.scaling}
-        is_eager = self._is_eager()
-        if not is_eager or not inputs.has_one_sequence_per_row:
-            mixed, probabilities = mix_values(
-                query, key, value, *place, is_eager=is_eager, **arguments
-            )
-            return mixed.flatten(-2)[None], probabilities
-        # The product is of the very probabilities that are returned, so that `retain_grad` on them
-        # works as in Hugging Face.
-        weights = inputs.unpack_attention(eager_probabilities(query, key, *place, **arguments))
-        weights = weights.to(query.dtype)
-        mixed = inputs.pack((weights @ inputs.unpack(value).transpose(1, 2)).transpose(1, 2))
-        return mixed.flatten(-2)[None], weights
+        mixed, probabilities = mix_values(
+            query, key, value, *place, is_eager=self._is_eager(), inputs=inputs, **arguments
+        )
+        return mixed.flatten(-2)[None], probabilities
 
 
 class _PackedResidual(Packed):
