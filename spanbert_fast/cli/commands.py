@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,24 @@ def _run_prepare(options: Any, _as_json: bool) -> int:
 
 
 def _run_pretrain(options: Any, _as_json: bool) -> int:
-    from spanbert_fast.cli.progress import PretrainView
     from spanbert_fast.train.pretrain import pretrain
+
+    return _show_training(pretrain, options)
+
+
+def _run_fit_heads(options: Any, _as_json: bool) -> int:
+    from spanbert_fast.train.fit_heads import fit_heads
+
+    return _show_training(fit_heads, options)
+
+
+def _show_training(train: Callable[..., object], options: Any) -> int:
+    from spanbert_fast.cli.progress import PretrainView
 
     _hide_progress_bars()
     _check_name(options.init)
     with PretrainView() as view:
-        pretrain(options, on_event=view)
+        train(options, on_event=view)
     return 0
 
 
@@ -177,6 +189,11 @@ COMMANDS = {
         "pre-train a model on token shards",
         "spanbert_fast.train.options:PretrainOptions",
         _run_pretrain,
+    ),
+    "fit-heads": Command(
+        "train MLM and SBO heads on a frozen encoder",
+        "spanbert_fast.train.fit_options:FitHeadsOptions",
+        _run_fit_heads,
     ),
     "evaluate": Command(
         "measure a model on held-out blocks",

@@ -52,7 +52,7 @@ def settings_of(options: FitHeadsOptions) -> Settings:
     names = {field.name for field in dataclasses.fields(Settings)}
     recipe = {k: v for k, v in dataclasses.asdict(HEADS).items() if k in names}
     given = {k: v for k, v in dataclasses.asdict(options).items() if k in names and v is not None}
-    values = recipe | {"model": {}} | given
+    values = recipe | {"model": {}, "language": None} | given
     batch = values["global_batch_tokens"]
     if options.tokens is not None:
         values["steps"] = math.ceil(options.tokens / max(1, batch))

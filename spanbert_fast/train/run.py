@@ -205,7 +205,8 @@ def build_run(
         run.restore(checkpoint)
     model.train()
     if settings.freeze_encoder:
-        model.bert.eval()  # the hidden states that the heads will meet in use: no dropout
+        # The hidden states that the heads will meet in use: no dropout.
+        model.bert.train(False)
     _write_description(run)
     emit(_started(run, found, peak))
     return run
