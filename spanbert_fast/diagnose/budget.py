@@ -8,9 +8,10 @@ FLOPs over a rate of matrix products that is measured now; time on a GPU is *mod
 from __future__ import annotations
 
 import math
+import os
 import re
-import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -180,12 +181,10 @@ def _count_parameters(config: Config) -> int:
 
 def _own_bytes() -> int:
     """Resident memory of this process, which has loaded what a run loads."""
-    if sys.platform == "win32":
+    pages = Path("/proc/self/statm")
+    if not pages.is_file():
         return _PROCESS_BYTES
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_speed(precision: str, flops_per_token: float) -> Speed:

@@ -27,7 +27,7 @@ from spanbert_fast.model.span_scores import (
     attention_span_scores,
 )
 from spanbert_fast.model.span_segmenter import SpanSegmenter
-from spanbert_fast.tasks.segment import _pack
+from spanbert_fast.tasks.texts import pack
 
 PIECES = [[[1], [2, 3], [4], [5], [6, 7, 8]], [[1, 2]], [[1], [2], [3, 4], [5], [6], [7], [8]]]
 """Pieces of each word of three texts; [CLS] and [SEP] stand around them."""
@@ -36,7 +36,7 @@ PIECES = [[[1], [2, 3], [4], [5], [6, 7, 8]], [[1, 2]], [[1], [2], [3, 4], [5], 
 def batch_and_words() -> tuple[PackedBatch, Words]:
     generator = torch.Generator().manual_seed(3)
     lengths = [max(own[-1]) + 2 for own in PIECES]
-    batch = _pack([torch.randint(5, 64, (n,), generator=generator).tolist() for n in lengths])
+    batch = pack([torch.randint(5, 64, (n,), generator=generator).tolist() for n in lengths])
     word_of, count = [], 0
     for own, length in zip(PIECES, lengths, strict=True):
         row = [-1] * length
