@@ -45,5 +45,9 @@ def check_indices(folder: Path) -> None:
 def unpickling_reason(error: Exception) -> str:
     """What torch has against a pickle, without its advice to trust the file."""
     text = str(error)
-    found = re.search(r"WeightsUnpickler error: ([^\n]*)|(Unsupported [^\n]*)", text)
-    return (found[1] or found[2]) if found else " ".join(text.split())[:300]
+    if found := re.search(r"WeightsUnpickler error: ([^\n]*)", text):
+        return found[1]
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    advice = ("Weights only load failed", "Check the documentation")
+    reasons = [part for part in paragraphs if part and not part.startswith(advice)]
+    return (reasons or paragraphs)[0][:300]
