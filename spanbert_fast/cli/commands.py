@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spanbert_fast.cli.arguments import Command
-from spanbert_fast.cli.export import run_export
+from spanbert_fast.cli.run_export import run_export
 
 FAILURE = 1
 """Status of a command that ran and found something wrong."""

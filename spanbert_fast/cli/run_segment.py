@@ -8,7 +8,7 @@ from typing import Any
 
 def run_segment(options: Any, as_json: bool) -> int:
     """Runs the command; its options are a `SegmentOptions`."""
-    from spanbert_fast.cli import segmentation as view
+    from spanbert_fast.cli import segment_view as view
     from spanbert_fast.data.tokenizer import load_tokenizer
     from spanbert_fast.model.pretrained import Model
     from spanbert_fast.model.span_scores import SpanScoring

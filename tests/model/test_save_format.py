@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 from transformers.utils import hub
+from without_package import BLOCKER
 
 from spanbert_fast.config import Config
 from spanbert_fast.data.tokenizer import save_tokenizer
@@ -30,21 +31,10 @@ TEXT = "We must work Together to keep the Peace."
 IDS = torch.tensor([[2, *range(5, 15), 3]])
 
 # Runs without this package, proves it, and reads each folder as a user of transformers would.
-PLAIN = """
-import json, sys, warnings
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "spanbert_fast":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import spanbert_fast
-except ImportError:
-    pass
-else:
-    raise SystemExit("the blocker does not block")
+PLAIN = (
+    BLOCKER
+    + """
+import json, warnings
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
@@ -72,6 +62,7 @@ for folder in sys.argv[3:]:
 assert not [name for name in sys.modules if name.startswith("spanbert_fast")]
 torch.save(found, sys.argv[1])
 """
+)
 
 
 @pytest.fixture
