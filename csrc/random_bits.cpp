@@ -1,66 +1,40 @@
 #include "random_bits.h"
 
-#include <algorithm>
 #include <cstring>
 
+#include "keep_stride.h"
 #include "parallel.h"
 #include "philox.h"
 
 namespace spanbert_fast {
 namespace {
 
-constexpr int kCounters = 32;
-constexpr int kLanes = 8;  // 16-bit lanes of one counter
-constexpr int kStride = kCounters * kLanes;
+using KeepStride = decltype(&keep_stride);
 
-// Writes num_columns <= kStride mask bits whose first counter is (first_counter, row, plane, site).
-SPANBERT_FAST_INLINE void fill_stride(bool* out, std::int64_t num_columns,
-                                      std::uint32_t first_counter, std::uint32_t row,
-                                      std::uint32_t plane, const DropoutStream& stream) {
-  std::uint16_t lanes[kStride];
-  philox_batch<kCounters>(first_counter, row, plane, stream.site, stream.seed, lanes);
-  std::uint8_t kept[kStride];
-  // A 16-bit comparison fills twice the vector of a 32-bit one; threshold 65536 (nothing kept)
-  // needs the wide one.
-  if (stream.threshold > 0xFFFF) {
-    std::memset(kept, 0, sizeof(kept));
-  } else {
-    const auto threshold = static_cast<std::uint16_t>(stream.threshold);
-    for (int i = 0; i < kStride; ++i) kept[i] = lanes[i] >= threshold;
-  }
-  std::memcpy(out, kept, static_cast<std::size_t>(num_columns));
+KeepStride fastest_stride() noexcept {
+#ifdef SPANBERT_FAST_AVX2
+  if (__builtin_cpu_supports("avx2")) return &keep_stride_avx2;
+#endif
+  return &keep_stride;
 }
 
-SPANBERT_FAST_INLINE void fill_row(bool* out, std::int64_t num_columns, std::uint32_t row,
-                                   std::uint32_t plane, const DropoutStream& stream) {
+// Writes one row of keep bits, whose first counter is (0, row, plane, site).
+void fill_row(bool* out, std::int64_t num_columns, std::uint32_t row, std::uint32_t plane,
+              const DropoutStream& stream, KeepStride keep) noexcept {
+  if (stream.threshold > 0xFFFF) {  // Nothing is kept; a lane of 16 bits could not say so.
+    std::memset(out, 0, static_cast<std::size_t>(num_columns));
+    return;
+  }
+  StrideCounters counters{0, row, plane};
   std::int64_t column = 0;
   for (; column + kStride <= num_columns; column += kStride) {
-    fill_stride(out + column, kStride, static_cast<std::uint32_t>(column / kLanes), row, plane,
-                stream);
+    keep(out + column, counters, stream);
+    counters.first += kStride / kLanes;
   }
   if (column < num_columns) {
-    fill_stride(out + column, num_columns - column, static_cast<std::uint32_t>(column / kLanes),
-                row, plane, stream);
-  }
-}
-
-SPANBERT_FAST_CLONES
-void fill_hidden_rows(bool* out, std::int64_t begin, std::int64_t end, std::int64_t hidden_size,
-                      const std::int64_t* positions, const std::int64_t* sequence_ids,
-                      const DropoutStream& stream) noexcept {
-  for (std::int64_t token = begin; token < end; ++token) {
-    fill_row(out + token * hidden_size, hidden_size, static_cast<std::uint32_t>(positions[token]),
-             static_cast<std::uint32_t>(sequence_ids[token]), stream);
-  }
-}
-
-SPANBERT_FAST_CLONES
-void fill_attention_rows(bool* out, std::int64_t begin, std::int64_t end, std::int64_t num_queries,
-                         std::int64_t num_keys, std::uint32_t first_plane,
-                         const DropoutStream& stream) noexcept {
-  for (std::int64_t row = begin; row < end; ++row) {
-    fill_row(out + row * num_keys, num_keys, static_cast<std::uint32_t>(row % num_queries),
-             first_plane + static_cast<std::uint32_t>(row / num_queries), stream);
+    bool rest[kStride];
+    keep(rest, counters, stream);
+    std::memcpy(out + column, rest, static_cast<std::size_t>(num_columns - column));
   }
 }
 
@@ -78,10 +52,13 @@ void philox4x32(const std::uint32_t* counters, std::uint32_t* out, std::int64_t 
 void fill_hidden_mask(bool* out, std::int64_t num_tokens, std::int64_t hidden_size,
                       const std::int64_t* positions, const std::int64_t* sequence_ids,
                       const DropoutStream& stream, std::size_t num_threads) {
+  const KeepStride keep = fastest_stride();
   run_parallel(num_threads, [&](std::size_t index) {
-    fill_hidden_rows(out, part_begin(num_tokens, index, num_threads),
-                     part_begin(num_tokens, index + 1, num_threads), hidden_size, positions,
-                     sequence_ids, stream);
+    const std::int64_t end = part_begin(num_tokens, index + 1, num_threads);
+    for (std::int64_t token = part_begin(num_tokens, index, num_threads); token < end; ++token) {
+      fill_row(out + token * hidden_size, hidden_size, static_cast<std::uint32_t>(positions[token]),
+               static_cast<std::uint32_t>(sequence_ids[token]), stream, keep);
+    }
   });
 }
 
@@ -90,10 +67,14 @@ void fill_attention_mask(bool* out, std::int64_t num_heads, std::int64_t num_que
                          const DropoutStream& stream, std::size_t num_threads) {
   const auto first_plane = static_cast<std::uint32_t>(static_cast<std::uint64_t>(sequence_id) *
                                                       static_cast<std::uint64_t>(num_heads));
+  const KeepStride keep = fastest_stride();
+  const std::int64_t num_rows = num_heads * num_queries;
   run_parallel(num_threads, [&](std::size_t index) {
-    fill_attention_rows(out, part_begin(num_heads * num_queries, index, num_threads),
-                        part_begin(num_heads * num_queries, index + 1, num_threads), num_queries,
-                        num_keys, first_plane, stream);
+    const std::int64_t end = part_begin(num_rows, index + 1, num_threads);
+    for (std::int64_t row = part_begin(num_rows, index, num_threads); row < end; ++row) {
+      fill_row(out + row * num_keys, num_keys, static_cast<std::uint32_t>(row % num_queries),
+               first_plane + static_cast<std::uint32_t>(row / num_queries), stream, keep);
+    }
   });
 }
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from spanbert_fast.ops.dispatch import accelerated
-from spanbert_fast.ops.norm import hidden_dropout, wide_layer_norm
+from spanbert_fast.ops.dropout import hidden_dropout
+from spanbert_fast.ops.norm import wide_layer_norm
 from spanbert_fast.ops.precision import product_dtype, wide_dtype
 
 

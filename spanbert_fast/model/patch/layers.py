@@ -27,8 +27,9 @@ from spanbert_fast.model.patch.packed import (
     is_fusable,
 )
 from spanbert_fast.ops.activation import bias_gelu
+from spanbert_fast.ops.dropout import hidden_dropout
 from spanbert_fast.ops.embedding import bert_embedding
-from spanbert_fast.ops.norm import dropout_add_layer_norm, hidden_dropout
+from spanbert_fast.ops.norm import dropout_add_layer_norm
 
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
