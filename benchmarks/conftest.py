@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from records import save
 from workload import Setting, choose_setting
 
 SETTING = choose_setting()
@@ -35,8 +37,15 @@ def pytest_benchmark_update_machine_info(
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints each comparison with its ratio; above 1 ours is faster."""
-    if SETTING.rows:
+    if SETTING.records:
         terminalreporter.section("ours and peers, in turn, medians")
         terminalreporter.write_line(f"{SETTING.machine()}")
-        for row in SETTING.rows:
-            terminalreporter.write_line(row)
+        for record in SETTING.records:
+            terminalreporter.write_line(record.line())
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Writes the records where `SPANBERT_FAST_BENCH_OUTPUT` says, only if every case succeeded."""
+    output = os.environ.get("SPANBERT_FAST_BENCH_OUTPUT")
+    if output and exitstatus == 0:
+        save(Path(output), SETTING.machine(), SETTING.records)
