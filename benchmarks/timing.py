@@ -77,6 +77,8 @@ def time_in_turn(
     case: Case,
     ours: Callable[[], object],
     peer: Callable[[], object],
+    *,
+    is_warm: bool = False,
 ) -> None:
     """Times `peer`, and `ours` before each of its rounds; the record has the medians.
 
@@ -93,8 +95,9 @@ def time_in_turn(
         setting.synchronize()
         seconds.append((time.perf_counter() - begun, time.process_time() - begun_cpu))
 
-    ours()
-    peer()
+    if not is_warm:
+        ours()
+        peer()
     benchmark.pedantic(
         timed, args=(peer, other), setup=lambda: timed(ours, own), rounds=setting.sizes.rounds
     )
