@@ -1,5 +1,6 @@
 """Row 6: both heads, forward and backward to hidden states and weights, against the reference's
-layout (`reference_layout.py`). BERT base's width and vocabulary; loss and gradient are compared."""
+layout (`reference_layout.py`). BERT base's width and vocabulary; loss and gradient are compared.
+"""
 
 from __future__ import annotations
 

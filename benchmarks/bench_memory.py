@@ -29,7 +29,7 @@ def probe(kind: str, lengths: list[int], *options: str) -> tuple[float, float]:
     return found["peak"], max(found["peak"] - found["before"], 1e-3)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_peak_memory(benchmark: BenchmarkFixture, setting: Setting) -> None:
     base = setting.base()
     lengths = base.lengths("ragged-50")
@@ -54,7 +54,7 @@ def test_peak_memory(benchmark: BenchmarkFixture, setting: Setting) -> None:
         setting.records.append(replace(record, unit="MiB"))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_against_batch(benchmark: BenchmarkFixture, setting: Setting) -> None:
     parts = setting.lengths("ragged-50")[:4]
     batches = (1, 2) if setting.is_smoke else (1, 2, 4)

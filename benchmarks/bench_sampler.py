@@ -124,9 +124,7 @@ def test_threads(benchmark: BenchmarkFixture, setting: Setting, num_threads: int
     masker, one = make_masker(num_threads=num_threads), make_masker()
     expected = one(tokens, boundaries, ids)
     assert np.array_equal(masker(tokens, boundaries, ids).input_ids, expected.input_ids)
-    case = Case(
-        peer=f"{num_threads} threads against one", dtype="integers", tokens=len(tokens)
-    )
+    case = Case(peer=f"{num_threads} threads against one", dtype="integers", tokens=len(tokens))
     time_in_turn(
         benchmark,
         setting,

@@ -98,7 +98,9 @@ def test_hugging_face(
     name, batch = workload[0], without_spans(workload[1])
     model = make_model(setting, dropout)
     peer = peer_step(setting, model, batch, kind)
-    case = Case(workload=name, peer=f"Hugging Face {kind}", dropout=dropout, tokens=batch.num_tokens)
+    case = Case(
+        workload=name, peer=f"Hugging Face {kind}", dropout=dropout, tokens=batch.num_tokens
+    )
     compare(benchmark, setting, case, our_step(setting, model, batch), peer)
 
 

@@ -155,7 +155,8 @@ def test_modern_bert(benchmark: BenchmarkFixture, setting: Setting, workload: st
 
 def make_modern(setting: Setting) -> ModernBertForMaskedLM:
     """Hugging Face's ModernBERT with as many layers of the same width; its gated feed-forward
-    has as many weights as ours."""
+    has as many weights as ours.
+    """
     sizes = setting.sizes
     config = ModernBertConfig(
         vocab_size=sizes.vocab_size,

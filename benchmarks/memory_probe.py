@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from pathlib import Path
 
 import torch
@@ -15,10 +14,14 @@ from peers import make_model, our_step, peer_step, without_spans
 from workload import choose_setting, make_batch_of
 
 
-def resident_mib() -> float:
-    """What is resident now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def status_mib(name: str) -> float:
+    """A field of this process: VmRSS is resident now, VmHWM was at most.
+
+    `getrusage` would not do: its maximum is inherited from the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -37,10 +40,9 @@ def main() -> None:
     else:
         step = peer_step(setting, model, batch, options.kind)
         del model
-    before = resident_mib()
+    before = status_mib("VmRSS")
     assert bool(torch.isfinite(step()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"before": before, "peak": peak}))
+    print(json.dumps({"before": before, "peak": status_mib("VmHWM")}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The training peers, with the weights of ours: Hugging Face's BERT, whole or in parts.
 
 A kind names a peer: `eager`, `sdpa`; with `masked`, only words that have a label meet the
-vocabulary, as in ours; with `compiled`, under `torch.compile`; with `looped`, one sequence after the
-other without padding, gradients accumulated. Hugging Face's default is `sdpa`.
+vocabulary, as in ours; with `compiled`, under `torch.compile`; with `looped`, one sequence
+after the other without padding, gradients accumulated. Hugging Face's default is `sdpa`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ class Setting:
         rng, scale = np.random.default_rng(0), sizes.length / 512
         if workload == "sentences":
             return rng.integers(8, 41, sizes.num_texts).tolist()
-        lengths = np.exp(rng.uniform(np.log(16 * scale), np.log(sizes.length), sizes.num_texts // 8))
+        lengths = np.exp(
+            rng.uniform(np.log(16 * scale), np.log(sizes.length), sizes.num_texts // 8)
+        )
         return np.maximum(3, lengths.astype(int)).tolist()
 
     def config(self, dropout: float, max_length: int = 512) -> Config:

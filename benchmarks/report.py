@@ -1,0 +1,86 @@
+"""Tables of a run: printed, as Markdown and CSV beside its JSON; with `--commit` in the README."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bars import BARS, Bar
+from records import Record, load
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
+HEAD = (
+    "| # | ours against | dtype | ours / peer, wall | CPU | tokens/s, ours / peer "
+    "| ratio (20-80 %) | bar | aim | |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def cells(row: str, record: Record, bar: Bar | None) -> str:
+    """One line of the table."""
+    title = f"{record.peer}, {record.workload}".strip(", ") + (
+        f", dropout {record.dropout}" if record.dropout else ""
+    )
+    wanted = f"{bar.bar:g} | {bar.aim:g}" if bar else "- | -"
+    start = f"| {row} | {title} ({record.model}) | {record.dtype} "
+    if record.skipped:
+        return f"{start}| | | | | {wanted} | {record.skipped} |"
+    verdict = ""
+    assert record.ratio is not None
+    if bar:
+        is_met = record.ratio <= bar.bar if bar.is_upper else record.ratio >= bar.bar
+        verdict = "met" if is_met else "**missed**"
+    wall = f"{record.ours_seconds:.4g} / {record.peer_seconds:.4g} {record.unit}"
+    cpu = f"{record.ours_cpu_seconds:.4g} / {record.peer_cpu_seconds:.4g} s"
+    speed = ""
+    if record.ours_tokens_per_second and record.peer_tokens_per_second:
+        speed = f"{record.ours_tokens_per_second:,.0f} / {record.peer_tokens_per_second:,.0f}"
+    ratio = f"{record.ratio:.3g} ({record.ratio_20:.3g}-{record.ratio_80:.3g})"
+    return f"{start}| {wall} | {cpu} | {speed} | {ratio} | {wanted} | {verdict} |"
+
+
+def table(machine: dict[str, Any], records: list[Record]) -> str:
+    """The bars in their order, each with the fp32 counterpart; what has no result says so."""
+    described = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "sizes")
+    lines = [f"Machine: {described}.", "", HEAD]
+    for name, bar in BARS.items():
+        found = [(r, x) for x in records for r in x.rows if r == name or r.startswith(f"{name} ")]
+        for row, record in sorted(found, key=lambda pair: pair[0]):
+            lines.append(cells(row, record, bar if row == name else None))
+        if not any(row == name for row, _ in found):
+            limits = f"{bar.bar:g} | {bar.aim:g}"
+            lines.append(f"| {name} | {bar.title} | | | | | | {limits} | no case in this run |")
+    others = [record for record in records if not record.rows and not record.curve]
+    return "\n".join([*lines, *(cells("", record, None) for record in others)]) + "\n"
+
+
+def main() -> None:
+    """Writes `table.md` and `records.csv` into the folder of a run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--commit", action="store_true", help="into README.md and results/ too")
+    options = parser.parse_args()
+    machine, records = load(options.folder)
+    text = table(machine, records)
+    print(text)
+    (options.folder / "table.md").write_text(text, encoding="utf-8")
+    with (options.folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Record)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(record) for record in records)
+    if options.commit:
+        readme = HERE / "README.md"
+        before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        (HERE / "results").mkdir(exist_ok=True)
+        for path in (*options.folder.glob("bench_*.json"), options.folder / "records.csv"):
+            shutil.copy(path, HERE / "results")
+
+
+if __name__ == "__main__":
+    main()
