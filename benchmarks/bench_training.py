@@ -115,7 +115,7 @@ def test_reference_layout(benchmark: BenchmarkFixture, setting: Setting, precisi
 
 
 def both_steps(setting: Setting, batch, dropout: float):
-    """Ours, and Hugging Face's encoder on the padded batch under heads in the reference's layout."""
+    """Ours, and Hugging Face's encoder under heads in the reference's layout."""
     model = make_model(setting, dropout)
     encoder = make_peer(model, "sdpa").bert
     encoder.set_input_embeddings(model.get_input_embeddings())

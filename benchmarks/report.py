@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
 HEAD = (
     "| # | ours against | dtype | ours / peer, wall | CPU | tokens/s, ours / peer "
-    "| ratio (20-80 %) | bar | aim | |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| ratio (20-80 %) | bar | aim | |\n|" + " --- |" * 10
 )
 
 
