@@ -64,7 +64,12 @@ def test_pretraining(
     monkeypatch.setattr(torch.Tensor, "backward", timed(torch.Tensor.backward))
     monkeypatch.setattr(Model, "forward_packed", timed(Model.forward_packed))
     options = PretrainOptions(
-        data=data, output=tmp_path / "run", preset="tiny", steps=num_steps, eval_every=0
+        data=data,
+        output=tmp_path / "run",
+        preset="tiny",
+        steps=num_steps,
+        warmup_steps=WARMUP,
+        eval_every=0,
     )
     benchmark.pedantic(lambda: loop.pretrain(options), rounds=1)
     wall, worked = np.diff(np.array(marks), axis=0)[WARMUP:].T
