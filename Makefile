@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFORMANCE := $(patsubst transformers==%,build/conformance/%,$(filter transformers==%,$(file <requirements/conformance.lock)))
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench bench-smoke bench-check lint format wheel sanitize kill-test verify-kernels kernel-report lock clean
+.PHONY: demo test bench bench-smoke bench-check lint format wheel sanitize kill-test test-tensorflow verify-export conformance verify-kernels \
+        kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
 
 test: lint .real_weights
+	@$(MAKE) --no-print-directory $(firstword $(CONFORMANCE)) || echo "Hugging Face's tests: not fetched"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(VENV)/development $(VENV)/core
@@ -44,6 +47,15 @@ sanitize: $(VENV)/development
 kill-test: $(VENV)/development $(VENV)/core
 	$(BIN)/python -m pytest tests/train -m slow --timeout=3600
 
+test-tensorflow: $(VENV)/development $(VENV)/core .tensorflow .real_weights
+	SPANBERT_FAST_TENSORFLOW=$(CURDIR)/.tensorflow $(BIN)/python -m pytest tests/convert/test_tensorflow.py
+
+verify-export: $(VENV)/development $(VENV)/core .real_weights
+	$(BIN)/python -m pytest tests/convert/test_export.py -m slow --timeout=900
+
+conformance: $(VENV)/development $(VENV)/core $(CONFORMANCE)
+	$(BIN)/python tests/conformance/run.py
+
 verify-kernels: $(VENV)/development $(VENV)/core
 	PYTHONPATH=tests:. $(BIN)/python -m kernels.verify $(addprefix --only ,$(ONLY))
 
@@ -57,11 +69,23 @@ kernel-report: $(VENV)/development $(VENV)/core
 	mv $@.partial $@
 	@touch $@
 
+# TensorFlow, for the tests of its converter alone: large, and never in one process with torch.
+.tensorflow: requirements/tensorflow.lock | $(VENV)/bin/python
+	rm -rf $@.partial
+	$(PIP) install --quiet --no-deps --target $@.partial -r $<
+	rm -rf $@
+	mv $@.partial $@
+
+# Hugging Face's own tests, as its source archives carry them, and what they import.
+build/conformance/%: requirements/conformance.lock | $(VENV)/development
+	$(BIN)/python tests/conformance/fetch.py $*
+	@touch $@
+
 lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf $(VENV) .real_weights build dist demo_output *.egg-info spanbert_fast/*.so
+	rm -rf $(VENV) .real_weights .tensorflow build dist demo_output *.egg-info spanbert_fast/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

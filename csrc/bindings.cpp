@@ -279,10 +279,14 @@ void bind_masker(py::module_& module) {
 }
 
 }  // namespace
+
+void bind_segmentation(py::module_& module);  // bindings_segmentation.cpp
+
 }  // namespace spanbert_fast
 
 PYBIND11_MODULE(_core, module, pybind11::mod_gil_not_used()) {
-  module.doc() = "C++ core of spanbert_fast: random bits, span masking, assembly of batches.";
+  module.doc() = "C++ core of spanbert_fast: random bits, span masking, batches, segmentation.";
   spanbert_fast::bind_random_bits(module);
   spanbert_fast::bind_masker(module);
+  spanbert_fast::bind_segmentation(module);
 }

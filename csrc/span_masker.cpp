@@ -112,7 +112,7 @@ void check_boundaries(std::span<const std::int32_t> cu, std::size_t num_tokens) 
   if (static_cast<std::size_t>(cu.back()) != num_tokens) {
     throw std::invalid_argument("cu_seqlens ends with " + std::to_string(cu.back()) +
                                 ", must end with " + std::to_string(num_tokens) +
-                                " (items of input_ids)");
+                                " (number of tokens)");
   }
 }
 

@@ -1,4 +1,4 @@
-"""Writes the pinned environments beside this file, `runtime.lock` and `development.lock`.
+"""Writes the pinned environments beside this file: `runtime`, `development` and `tensorflow.lock`.
 
 pip resolves what pyproject.toml allows, with the pins below; the answer is stored name by name.
 torch is written without its local version (`+cpu`, `+cu130`): one lock file serves every build.
@@ -32,15 +32,21 @@ def resolve(requirements: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Resolves both environments and writes them."""
+    """Resolves the environments and writes them."""
     with (HERE.parent / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
     build = project["build-system"]["requires"]
     runtime = [*PINS, *project["project"]["dependencies"], *build]
-    for name, extra in (("runtime", []), ("development", DEVELOPMENT)):
+    environments = {
+        "runtime": runtime,
+        "development": runtime + DEVELOPMENT,
+        # Its own folder: it is large, and never in one process with torch.
+        "tensorflow": project["project"]["optional-dependencies"]["tensorflow"],
+    }
+    for name, requirements in environments.items():
         lines = [
             f"# Written by requirements/lock.py: the pinned {name} environment.",
-            *resolve(runtime + extra),
+            *resolve(requirements),
         ]
         (HERE / f"{name}.lock").write_text("\n".join(lines) + "\n")
 

@@ -1,12 +1,16 @@
-"""C++ core of spanbert_fast: random bits, span masking, batches. Arrays must be C-contiguous."""
+"""C++ core of spanbert_fast: random bits, span masking, batches, segmentation.
 
-from typing import TypeAlias
+Arrays must be C-contiguous.
+"""
+
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 _Int32s: TypeAlias = npt.NDArray[np.int32]
 _Int64s: TypeAlias = npt.NDArray[np.int64]
+_Real = TypeVar("_Real", np.float32, np.float64)
 
 def philox4x32(counters: npt.NDArray[np.uint32], key: int) -> npt.NDArray[np.uint32]: ...
 def fill_hidden_mask(
@@ -66,3 +70,9 @@ def assemble(
     sep_token_id: int,
     num_threads: int = 1,
 ) -> tuple[_Int64s, _Int64s, _Int32s, _Int64s, _Int64s, _Int64s, _Int64s, _Int32s, _Int64s]: ...
+def best_segmentation(
+    scores: npt.NDArray[_Real], cu_seqlens: _Int32s, num_threads: int = 1
+) -> tuple[_Int32s, npt.NDArray[np.float64]]: ...
+def span_marginals(
+    scores: npt.NDArray[_Real], cu_seqlens: _Int32s, num_threads: int = 1
+) -> tuple[npt.NDArray[_Real], npt.NDArray[np.float64]]: ...

@@ -6,22 +6,25 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig
 
 HEADS = ("mlm", "sbo")
 LOSS_NORMALIZATIONS = ("tokens", "reference")
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "max_span_targets",
-    "span_position_embedding_size",
-)
+# The largest value of each size. No BERT comes near; a damaged or hostile file must not pass.
+_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 16,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 12,
+    "intermediate_size": 1 << 18,
+    "max_position_embeddings": 1 << 20,
+    "type_vocab_size": 1 << 16,
+    "max_span_targets": 1 << 12,
+    "span_position_embedding_size": 1 << 14,
+}
 
 # `base` and `large` are the paper's shapes (section 4.2); `tiny` and `small` are those of the small
 # BERT models of Turc et al. 2019, which keep a head size of 64.
@@ -95,9 +98,16 @@ class Config(BertConfig):  # type: ignore[no-untyped-call]
         return value
 
     def _check_sizes(self) -> None:
-        for name in _SIZES:
+        for name, largest in _SIZES.items():
             if self._number(name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if self._number(name) > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {getattr(self, name)}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be in [0, vocab_size={self.vocab_size}), got "
+                f"{self.pad_token_id}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads "
@@ -126,6 +136,42 @@ class Config(BertConfig):  # type: ignore[no-untyped-call]
                 raise ValueError(f"{name} must be {listed}, got {value!r}")
         if unknown := [head for head in self.untrained_heads if head not in HEADS]:
             raise ValueError(f"untrained_heads may hold {HEADS}, got {unknown[0]!r}")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """The configuration of a folder or hub repository; as in Hugging Face.
+
+        Raises:
+            ValueError: The file holds no configuration of a BERT, or one that is out of range.
+        """
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{args[0] if args else cls.__name__}: config.json: {error}"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """The configuration with these fields; as in Hugging Face.
+
+        Raises:
+            ValueError: A field has a wrong type, is out of range, or it is no BERT's configuration.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"must be a JSON object, got a {type(config_dict).__name__}")
+        if (kind := config_dict.get("model_type", "bert")) != "bert":
+            raise ValueError(f"model_type must be 'bert', got {kind!r}")
+        names = config_dict.get("architectures")
+        if names is not None and not (isinstance(names, list) and set(map(type, names)) <= {str}):
+            raise ValueError(f"architectures must be a list of names, got {names!r}")
+        number = config_dict.get("dtype", config_dict.get("torch_dtype"))
+        if isinstance(number, str) and number.removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {number!r}")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, TypeError, AttributeError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Config:

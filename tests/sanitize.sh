@@ -25,7 +25,7 @@ run() { # name, sanitizers, runtimes to preload
       '$python' -P -c 'import spanbert_fast._core as c; assert c.__file__.startswith(\"$build\")'
       '$python' -P -m pytest -q -p no:cacheprovider tests/test_core.py \
         tests/data/test_masking.py tests/data/test_masking_behaviour.py \
-        tests/data/test_masking_errors.py"
+        tests/data/test_masking_errors.py tests/test_segmentation_core.py"
 }
 
 export PATH=$(dirname "$python"):$PATH

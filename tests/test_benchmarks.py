@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -78,12 +79,11 @@ def test_the_guard_refuses_another_class_of_machine(check, tmp_path: Path, capsy
 
 
 @pytest.fixture
-def roofline(monkeypatch: pytest.MonkeyPatch):
+def roofline():
     pytest.importorskip("triton", reason="the formulas stand beside the kernels")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import roofline_model
+    from spanbert_fast.diagnose import roofline
 
-    return roofline_model
+    return roofline
 
 
 def cases(roofline):
@@ -147,8 +147,10 @@ def test_twice_the_batch_takes_twice_the_time(roofline) -> None:
         assert after == pytest.approx(2 * before, rel=0.02)
 
 
-def test_the_split_of_the_first_sbo_layer_is_argued(roofline) -> None:
+def test_the_split_of_the_first_sbo_layer_is_argued(roofline, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("roofline")
     for gpu, model in cases(roofline):
-        layer = roofline.boundary_layer(gpu, model)
+        layer = script.boundary_layer(gpu, model)
         assert layer.split < layer.whole_rows
         assert layer.whole_rows_occupancy < layer.split_occupancy <= 1

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from transformers.utils import logging
 
-from spanbert_fast.cli import COMMANDS, main
+from spanbert_fast.cli import main
+from spanbert_fast.cli.commands import COMMANDS
 from spanbert_fast.cli.progress import PrepareView, PretrainView
 from spanbert_fast.cli.render import new_console, table, to_json
 from spanbert_fast.data.options import Note
@@ -144,7 +145,7 @@ def test_tables_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "convert --from tensorflow model.pt OUT",
+        "convert --from onnx model.pt OUT",
         "evaluate --data d",
         "evaluate m --dat d",
         "fill m x --top-k many",

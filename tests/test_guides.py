@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from datasets import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
+from spanbert_fast.cli import main
 from spanbert_fast.config import Config
+from spanbert_fast.convert.fairseq import write_fairseq
 from spanbert_fast.data.tokenizer import save_tokenizer
 from spanbert_fast.data.wordpiece import train_tokenizer
 from spanbert_fast.model.pretrained import Model
@@ -36,20 +39,92 @@ def demo_model(tmp_path: Path) -> Iterator[Path]:
     enable_progress_bars()
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("name", ["huggingface.md"])
-def test_python_blocks_run_in_order(
-    name: str, demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(demo_model)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+def run_blocks(name: str, at_least: int) -> tuple[str, dict[str, object]]:
+    """Runs the Python blocks of a guide, one after the other; its text and their variables."""
+    text = (ROOT / "docs" / name).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= at_least
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, name, "exec"), names)
+    return text, names
+
+
+def run_page(name: str, printed: pytest.CaptureFixture[str]) -> None:
+    """Runs a page: Python blocks and command lines in order; checks the remark after a `print`."""
+    text = (ROOT / "docs" / name).read_text()
+    names: dict[str, object] = {}
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL):
+        printed.readouterr()
+        if language == "python":
+            exec(compile(block, name, "exec"), names)
+            shown = printed.readouterr().out.splitlines()
+            for expected in re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE):
+                assert expected in shown
+            continue
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "spanbert-fast"
+            assert main(words[1:]) == 0, line
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_export_guide(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("export.md", 3)
+    written = {path.name for path in (demo_model / "demo_output" / "served").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= written
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_python_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    _, names = run_blocks("huggingface.md", 5)
     assert "'mlm_loss', 'sbo_loss'" in capsys.readouterr().out
     assert isinstance(names["sbo"].loss, torch.Tensor)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_patching(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("patching.md", 4)
+    printed = capsys.readouterr().out
+    assert printed.count("BertSelfAttention  varlen_attention") == 2
+    assert "called: query (peft.Linear), value (peft.Linear)" in printed
+
+
+def test_python_blocks_of_the_converters_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    text, _ = run_blocks("converters.md", 2)
+    # Every remark after a print is what it printed.
+    expected = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+    shapes = [Model.from_pretrained(f"demo_output/{name}") for name in ("back", "run/model")]
+    for name, weight in shapes[0].state_dict().items():
+        assert torch.equal(weight, shapes[1].state_dict()[name])
+
+
+def test_segmentation_blocks_run_in_order(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_blocks("segmentation.md", 2)
+    losses = [float(line) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_vectors_of_spans(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_page("span_embeddings.md", capsys)
 
 
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
@@ -61,3 +136,36 @@ def test_span_boundaries_train_an_encoder_that_is_no_bert(
     assert len(lines) == 3
     for first, last in zip(lines[0], lines[-1], strict=True):
         assert float(last) < float(first) - 0.1
+
+
+def test_coming_from_the_original(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both kinds of archive that were released, in small."""
+    monkeypatch.chdir(demo_model)
+    source = Path("demo_output/run/model")
+    write_fairseq(source, Path("with_heads"))
+    write_fairseq(source, Path("spanbert_hf_base"), encoder_only=True)
+    assert {path.name for path in Path("spanbert_hf_base").iterdir()} >= {"pytorch_model.bin"}
+    for name in ("model.pt", "config.json", "vocab.txt"):
+        Path("with_heads", name).rename(name)
+    Path("spanbert_hf_base/vocab.txt").unlink()  # neither archive has one
+    run_page("migration/spanbert.md", capsys)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_coming_from_hugging_face(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_page("migration/huggingface.md", capsys)
+
+
+def test_coming_from_fairseq(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    sentences = [f"We must work together to keep the peace of {number}.\n" for number in range(9)]
+    Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
+    Path("demo_output/run/model").rename("tokenizer")
+    run_page("migration/fairseq.md", capsys)

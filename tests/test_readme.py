@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from spanbert_fast.cli import COMMANDS, main
+from spanbert_fast.cli import main
 from spanbert_fast.cli.arguments import parse
+from spanbert_fast.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,7 +70,7 @@ def test_make_targets_that_are_named_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             if not link.startswith("http"):
                 assert (document.parent / link).exists(), f"{document.name}: {link}"

@@ -94,7 +94,9 @@ def _metavar(hint: Any) -> str:
         if typing.get_origin(part) is Literal:
             shown.append("{" + ",".join(map(str, typing.get_args(part))) + "}")
         elif typing.get_origin(part) is tuple:
-            shown.append(" ".join(item.__name__.upper() for item in typing.get_args(part)))
+            items = typing.get_args(part)
+            names = [item.__name__.upper() for item in items if item is not Ellipsis]
+            shown.append(f"{names[0]} [{names[0]} ...]" if Ellipsis in items else " ".join(names))
         elif part is not type(None):
             shown.append("[True|False]" if part is bool else part.__name__.upper())
     return "|".join(shown)

@@ -116,7 +116,7 @@ class PretrainView(_View):
                 ("matmul", f"{event.matmul_flops_per_second / 1e9:,.1f} GFLOP/s, measured"),
                 ("resumed from", event.resumed_from or "nothing, a new run"),
             ],
-            title="pre-training",
+            title="heads on a frozen encoder" if event.preset == "heads" else "pre-training",
         )
         self.task = self.bar.add_task(
             "", total=event.num_steps, completed=event.start_step, figures=""

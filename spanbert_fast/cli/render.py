@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from spanbert_fast.convert.departure import Written
     from spanbert_fast.convert.folder import Conversion
     from spanbert_fast.data.options import PrepareSummary
     from spanbert_fast.diagnose.folders import ShowReport, VerifyReport
@@ -186,8 +187,8 @@ def prepared(summary: PrepareSummary) -> None:
     )
 
 
-def converted(done: Conversion, as_json: bool) -> None:
-    """What became of a foreign checkpoint."""
+def converted(done: Conversion | Written, as_json: bool) -> None:
+    """What became of a foreign checkpoint, or of a folder that leaves."""
     if as_json:
         print_json(done)
         return
@@ -196,10 +197,7 @@ def converted(done: Conversion, as_json: bool) -> None:
         [
             ("written", done.output),
             ("parameters", f"{done.num_parameters:,}"),
-            ("SBO slots", done.max_span_targets),
-            ("untrained heads", ", ".join(done.untrained_heads) or "none"),
-            ("missing", ", ".join(done.missing) or "nothing"),
-            ("ignored", ", ".join(done.ignored) or "nothing"),
+            *done.remarks,
         ],
         title=f"{done.source}",
     )

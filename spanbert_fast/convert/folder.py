@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spanbert_fast.config import HEADS, Config
+from spanbert_fast.convert.publish import check_free, new_folder
 from spanbert_fast.model.pretrained import Model
 
 _LAYER_NORM_NAMES = {"gamma": "weight", "beta": "bias"}
-_HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
+POSITION_TABLE = "cls.span_boundary.position_embeddings.weight"
+HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,16 @@ class Conversion:
     ignored: tuple[str, ...]
     """Entries of the source that a SpanBERT has no place for."""
 
+    @property
+    def remarks(self) -> tuple[tuple[str, str], ...]:
+        """What a reader of the report wants to know, as pairs of a name and a text."""
+        return (
+            ("SBO slots", str(self.max_span_targets)),
+            ("untrained heads", ", ".join(self.untrained_heads) or "none"),
+            ("missing", ", ".join(self.missing) or "nothing"),
+            ("ignored", ", ".join(self.ignored) or "nothing"),
+        )
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a configuration file.
@@ -55,6 +64,21 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not a JSON object")
     return values
+
+
+def span_head_sizes(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The fields of the configuration that the position table of an SBO head, if any, tells.
+
+    Raises:
+        ValueError: the table is no matrix.
+    """
+    table = tensors.get(POSITION_TABLE)
+    if table is None:
+        return {}
+    if table.dim() != 2:
+        raise ValueError(f"{source}: the SBO position table has shape {tuple(table.shape)}")
+    slots, size = table.shape
+    return {"max_span_targets": slots, "span_position_embedding_size": size}
 
 
 def plain_names(
@@ -101,12 +125,14 @@ def write_folder(
         FileExistsError: `output` exists and is not empty.
         ValueError: a tensor of the encoder or a part of a head is missing, or a shape is wrong.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty")
+    check_free(output)
+    listed = Config.from_dict({**values, "dtype": "float32"}).untrained_heads
+    values = {**values, "untrained_heads": [], "dtype": "float32"}
+    _check_size(source, Config.from_dict(values), tensors)
     # Fixed draws for heads the source lacks: the same source gives the same bytes.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Model(Config.from_dict({**values, "untrained_heads": [], "dtype": "float32"}))
+        model = Model(Config.from_dict(values))
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}"
@@ -114,20 +140,11 @@ def write_folder(
     missing, ignored = _fill(source, model, tensors)
     untrained = _untrained_heads(source, missing, model)
     # A head that the source lists as random is random, even though its tensors are there.
-    listed = values.get("untrained_heads", ())
     model.config.untrained_heads = [h for h in HEADS if h in untrained or h in listed]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}_", dir=output.parent))
-    try:
+    with new_folder(output) as scratch:
         model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        os.replace(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Conversion(
         source=source,
         output=output,
@@ -137,6 +154,18 @@ def write_folder(
         missing=tuple(missing),
         ignored=tuple(sorted([*ignored, *skipped])),
     )
+
+
+def _check_size(source: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, before any memory is taken, if the encoder is out of all proportion."""
+    with torch.device("meta"):
+        expected = sum(weight.numel() for weight in Model(config).bert.parameters())
+    given = sum(tensor.numel() for tensor in tensors.values())
+    if expected > 2 * given:
+        raise ValueError(
+            f"{source}: the configuration describes an encoder of {expected:,} values, the "
+            f"checkpoint holds {given:,}"
+        )
 
 
 @torch.no_grad()
@@ -163,6 +192,8 @@ def _fill(source: Path, model: Model, tensors: Mapping[str, Tensor]) -> tuple[li
                     f"{source}: {name} has shape {tuple(value.shape)}, the configuration says "
                     f"{shape}"
                 )
+            if not value.is_floating_point():
+                raise ValueError(f"{source}: {name} holds {value.dtype}, weights must be floats")
             if not torch.equal(value, tensors[given[0]]):
                 raise ValueError(f"{source}: {name} and {given[0]} are one tensor here, but differ")
         targets[names[0]].copy_(tensors[given[0]])
@@ -174,12 +205,12 @@ def _untrained_heads(source: Path, missing: list[str], model: Model) -> list[str
     own_names = [name for name, _ in model.named_parameters()]  # what is tied stands here once
     untrained = []
     for head in HEADS:
-        prefix = _HEAD_PREFIXES[head]
+        prefix = HEAD_PREFIXES[head]
         lost = [name for name in missing if name.startswith(prefix)]
         if lost and len(lost) < sum(name.startswith(prefix) for name in own_names):
             raise ValueError(f"{source}: the {head} head is incomplete, missing {', '.join(lost)}")
         untrained += [head] if lost else []
-    if lost := [name for name in missing if not name.startswith(tuple(_HEAD_PREFIXES.values()))]:
+    if lost := [name for name in missing if not name.startswith(tuple(HEAD_PREFIXES.values()))]:
         raise ValueError(
             f"{source}: the encoder is incomplete, {len(lost)} tensors are missing: "
             f"{', '.join(lost[:5])}"

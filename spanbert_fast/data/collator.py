@@ -87,6 +87,7 @@ class SpanMaskingCollator:
                              "examples have no tags")  # fmt: skip
         if pad_to_multiple_of is not None:
             check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31 - 1)
+        tokenizers.check_case(tokenizer)
         specials = tokenizers.unmaskable_ids(tokenizer)
         self.tokenizer = tokenizer
         self.spans = spans

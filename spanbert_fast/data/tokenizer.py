@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,11 @@ _SPELLINGS: Final = {
     "mask": ("[MASK]", "<mask>"),
 }
 _CASED_SHARE: Final = 0.01
+_MAX_BYTES: Final = {
+    "vocab.txt": 64 << 20,
+    "tokenizer.json": 256 << 20,
+    "tokenizer_config.json": 16 << 20,
+}
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
@@ -30,12 +36,20 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     upper-case entries. Anything that is not a folder is a name for `AutoTokenizer`.
 
     Raises:
-        ValueError: there is no tokenizer, it has no fast form, or it would lower-case text for a
+        ValueError: there is no tokenizer, it has no fast form, a file is damaged or out of all
+            proportion, an entry stands twice in `vocab.txt`, or text would be lower-cased for a
             vocabulary that has upper-case entries.
     """
     folder = Path(path_or_name)
     if folder.is_dir():
-        tokenizer = _load_folder(folder)
+        _check_sizes(folder)
+        try:
+            tokenizer = _load_folder(folder)
+        # The tokenizers library raises bare Exceptions for files that it cannot read.
+        except Exception as error:
+            if str(error).startswith(str(folder)):
+                raise
+            raise ValueError(f"{folder} holds a damaged tokenizer: {error}") from error
     elif folder.is_absolute() or str(path_or_name).startswith("."):
         raise ValueError(f"tokenizer {str(path_or_name)!r} is not a folder")
     else:
@@ -45,13 +59,38 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
             f"tokenizer {str(path_or_name)!r} is a {type(tokenizer).__name__} without a "
             "`tokenizers` backend, must have a fast form (tokenizer.json or vocab.txt)"
         )
+    check_case(tokenizer, repr(str(path_or_name)))
+    return tokenizer
+
+
+def check_case(tokenizer: Any, name: str = "") -> None:
+    """Refuses a tokenizer that lower-cases text although its vocabulary has upper-case entries.
+
+    Such entries could never be found. It happens without a word: a folder with `vocab.txt` and
+    without `tokenizer_config.json` makes `AutoTokenizer` and `BertTokenizer` lower-case.
+
+    Args:
+        tokenizer: of transformers; one without a `tokenizers` backend is let through.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: it does.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
     if lower_cases(tokenizer) and is_cased(list(tokenizer.get_vocab())):
         raise ValueError(
-            f"tokenizer {str(path_or_name)!r} lower-cases text, but its vocabulary has upper-case "
-            'entries. Put {"tokenizer_class": "BertTokenizer", "do_lower_case": false} into its '
+            f"{f'tokenizer {name}' if name else 'the tokenizer'} lower-cases text, but its "
+            "vocabulary has upper-case entries. Load it with do_lower_case=False, or put "
+            '{"tokenizer_class": "BertTokenizer", "do_lower_case": false} into its '
             "tokenizer_config.json, or give a folder with only its vocab.txt"
         )
-    return tokenizer
+
+
+def _check_sizes(folder: Path) -> None:
+    for name, allowed in _MAX_BYTES.items():
+        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > allowed:
+            raise ValueError(f"{folder / name} has {size:,} bytes, allowed are {allowed:,}")
 
 
 def _load_folder(folder: Path) -> Any:
@@ -70,8 +109,15 @@ def _load_folder(folder: Path) -> Any:
         return tokenizer
     vocabulary_path = folder / "vocab.txt"
     if not vocabulary_path.is_file():
-        raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.txt, one is needed")
+        raise ValueError(
+            f"{folder} holds neither tokenizer.json nor vocab.txt, one is needed. Released "
+            "SpanBERT archives have none: their vocabulary is that of bert-base-cased; name it as "
+            "the tokenizer, or a folder with its vocab.txt, or copy vocab.txt into the folder"
+        )
     entries = vocabulary_path.read_text("utf-8").splitlines()
+    if len(set(entries)) < len(entries):
+        twice = next(entry for entry, count in Counter(entries).items() if count > 1)
+        raise ValueError(f"{vocabulary_path} holds {twice!r} twice, each entry must stand once")
     lower_case = bool(config.get("do_lower_case", not is_cased(entries)))
     return BertTokenizer(vocab=str(vocabulary_path), do_lower_case=lower_case)
 

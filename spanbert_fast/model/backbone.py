@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer, Layout
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+from spanbert_fast.model.rows import Boundaries
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -39,6 +42,20 @@ class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         ):
             init.zeros_(bias)
 
+    def save_pretrained(  # type: ignore[override]  # the rarer arguments by keyword only
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes configuration and weights, as safetensors; arguments as in Hugging Face."""
+        parent: Any = super()
+        parent.save_pretrained(save_directory, is_main_process, **kwargs)
+        if kwargs.get("variant") or not is_main_process:
+            return
+        # Hugging Face leaves a single file beside new shards, and would load it in their place.
+        folder = Path(save_directory)
+        is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+        stale = folder / ("model.safetensors" if is_sharded else "model.safetensors.index.json")
+        stale.unlink(missing_ok=True)
+
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *_: Any, **__: Any
     ) -> str:
@@ -55,8 +72,10 @@ class SpanBertPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         requested = requested_attention or "sdpa"
         if requested not in ATTENTION_IMPLEMENTATIONS:
+            # The first words are Hugging Face's, for whoever looks for them.
             raise ValueError(
-                f"attn_implementation must be one of {ATTENTION_IMPLEMENTATIONS}, got {requested!r}"
+                f'Specified `attn_implementation="{requested}"` is not supported: it must be one '
+                f"of {ATTENTION_IMPLEMENTATIONS}"
             )
         return requested
 
@@ -108,41 +127,40 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
         self,
         batch: PackedBatch,
         *,
-        inputs_embeds: Tensor | None = None,
+        inputs: PackedInputs | None = None,
         dropout_seed: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> EncoderOutput:
-        """Hidden states of the packed rows; no host synchronisation with the "sdpa" attention.
+        """Hidden states of the packed rows; no host synchronisation, except for probabilities.
 
         Args:
             batch: The rows; its targets are not looked at.
-            inputs_embeds: [T, D] instead of `batch.input_ids`.
+            inputs: Where the rows come from: then states and probabilities are returned in their
+                padded shape, and `inputs.inputs_embeds` counts, if given, not `batch.input_ids`.
             dropout_seed: int64 scalar; None: drawn from torch's default generator, if there is
                 dropout.
             output_hidden_states: Whether to return all of them; None: as the configuration says.
-            output_attentions: Whether to return probabilities; only the "eager" attention has them.
-
-        Raises:
-            ValueError: Probabilities are asked of the "sdpa" attention.
+            output_attentions: Whether to return probabilities. They are computed one sequence at a
+                time, as with the "eager" attention, and the rest with them: the same numbers.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                'output_attentions=True needs attn_implementation="eager", '
-                f"got {self.config._attn_implementation!r}"
-            )
-        seed = self._dropout_seed(dropout_seed, batch.cu_seqlens.device)
-        layout = Layout(batch.cu_seqlens, batch.max_seqlen, batch.sequence_ids, seed)
+        layout = Layout(
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.sequence_ids,
+            self._dropout_seed(dropout_seed, batch.cu_seqlens.device),
+            inputs,
+            bool(output_attentions),
+        )
+        embeds = None if inputs is None else inputs.inputs_embeds
         hidden = self.embeddings(
-            batch.input_ids, batch.position_ids, batch.token_type_ids, layout, inputs_embeds
+            batch.input_ids, batch.position_ids, batch.token_type_ids, layout, embeds
         )
-        output: EncoderOutput = self.encoder(
-            hidden, layout, bool(output_hidden_states), bool(output_attentions)
-        )
+        output: EncoderOutput = self.encoder(hidden, layout, bool(output_hidden_states))
         return output
 
     def _dropout_seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
@@ -174,6 +192,7 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -192,7 +211,6 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             past_key_values=past_key_values,
             use_cache=use_cache or None,
         )
-        check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         inputs = pack_inputs(
             self.config,
             input_ids=input_ids,
@@ -200,35 +218,24 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            cu_seq_lens_q=cu_seq_lens_q,
-            max_length_q=max_length_q,
+            boundaries=Boundaries(
+                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx
+            ),
         )
         encoded = self.encode_packed(
             inputs.batch,
-            inputs_embeds=inputs.inputs_embeds,
+            inputs=inputs,
             dropout_seed=dropout_seed,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        hidden_states, attentions = unpack_states(inputs, encoded)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=inputs.unpack(encoded.last_hidden_state),
-            hidden_states=hidden_states,
-            attentions=attentions,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
-
-
-def unpack_states(
-    inputs: PackedInputs, encoded: EncoderOutput
-) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-    """Hidden states [B, S, D] and attention probabilities [B, H, S, S], as far as there are any."""
-    states, attentions = encoded.hidden_states, encoded.attentions
-    return (
-        None if states is None else tuple(inputs.unpack(state) for state in states),
-        None if attentions is None else tuple(inputs.unpack_attention(p) for p in attentions),
-    )
 
 
 def refuse_decoder_arguments(**arguments: object) -> None:
@@ -236,20 +243,3 @@ def refuse_decoder_arguments(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{name} must be None: this encoder has no decoder and no cache")
-
-
-def check_key_boundaries(
-    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
-) -> None:
-    """Raises ValueError if keys are laid out in another way than queries.
-
-    Args:
-        cu_q: Boundaries of the queries.
-        cu_k: Boundaries of the keys; None or the same ones.
-        max_q: Length of the longest query sequence.
-        max_k: Length of the longest key sequence; None or the same one.
-    """
-    if cu_k is not None and (cu_q is None or not torch.equal(cu_q, cu_k)):
-        raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q ({cu_q}), got {cu_k}")
-    if max_k is not None and max_k != max_q:
-        raise ValueError(f"max_length_k must equal max_length_q ({max_q}), got {max_k}")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spanbert_fast.config import Config
-from spanbert_fast.model.eager_attention import eager_attention
+from spanbert_fast.model.eager_attention import mix_values
+from spanbert_fast.model.inputs import PackedInputs
 from spanbert_fast.ops.activation import bias_gelu
-from spanbert_fast.ops.attention import varlen_attention
 from spanbert_fast.ops.embedding import bert_embedding
 from spanbert_fast.ops.norm import dropout_add_layer_norm
 
@@ -32,6 +32,19 @@ class Layout(NamedTuple):
     """int64 [B]."""
     seed: Tensor | None
     """int64 scalar; None: no dropout."""
+    inputs: PackedInputs | None = None
+    """The padded batch in whose shape states and probabilities are returned; None: packed."""
+    wants_probabilities: bool = False
+    """Whether attention probabilities are returned."""
+
+    def dropout(self, p: float, site: int) -> dict[str, Any]:
+        """What the ops take for a dropout with probability `p` at this place in the model."""
+        return {
+            "dropout_p": 0.0 if self.seed is None else p,
+            "seed": self.seed,
+            "sequence_ids": self.sequence_ids,
+            "site": site,
+        }
 
 
 class EncoderOutput(NamedTuple):
@@ -40,7 +53,7 @@ class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor
     """[T, D]."""
     hidden_states: tuple[Tensor, ...] | None
-    """The embedding and the output of each layer, [T, D] each, if asked for."""
+    """The embedding and the output of each layer, [T, D] or [B, S, D] each, if asked for."""
     attentions: tuple[Tensor, ...] | None
     """Attention probabilities of each layer, [B, H, S, S], zero in the padding, if asked for."""
 
@@ -48,9 +61,9 @@ class EncoderOutput(NamedTuple):
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what `kind` does and nothing else.
 
-    Adapters replace a module, parametrizations its class, and hooks or a patched `forward` act when
-    it is called. In all these cases it has to be called; otherwise its weight may go to a fused
-    operation directly.
+    Adapters replace a module, parametrizations its class, quantizers the kind of tensor that its
+    weight is, and hooks or a patched `forward` act when it is called. In all these cases it has to
+    be called; otherwise its weight may go to a fused operation directly.
     """
     hooks = (
         module._forward_hooks,
@@ -58,7 +71,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+    wraps = any(hasattr(tensor, "__tensor_flatten__") for tensor in module._parameters.values())
+    is_called = any(hooks) or wraps or "forward" in vars(module)
+    return type(module) is kind and not is_called
 
 
 class Embeddings(nn.Module):
@@ -111,11 +126,8 @@ class Embeddings(nn.Module):
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            dropout_p=0.0 if layout.seed is None else self.dropout_p,
-            seed=layout.seed,
-            sequence_ids=layout.sequence_ids,
             cu_seqlens=layout.cu_seqlens,
-            site=0,
+            **layout.dropout(self.dropout_p, 0),
         )
 
 
@@ -135,30 +147,36 @@ class SelfAttention(nn.Module):
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         owners = (self.query, self.key, self.value)
-        # Joining the weights costs a copy of them, which only many rows pay back.
-        pays = hidden.shape[0] >= hidden.shape[1]
+        # Joining the weights costs a copy of them, which only many rows pay back. An exported graph
+        # serves any number of rows, so it must not depend on it.
+        pays = not torch.compiler.is_exporting() and hidden.shape[0] >= hidden.shape[1]
         if pays and all(is_plain(owner, nn.Linear) for owner in owners):
-            weight = torch.cat([owner.weight for owner in owners])
-            bias = torch.cat([owner.bias for owner in owners])
-            return functional.linear(hidden, weight, bias).chunk(3, dim=-1)
+            return joined_products(owners, hidden)
         return tuple(owner(hidden) for owner in owners)
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Mixed values [T, D]; from the eager implementation also probabilities [B, H, S, S]."""
+        """Mixed values [T, D] and, if wanted, probabilities [B, H, S, S]."""
         shape = (-1, self.num_heads, self.head_size)
         query, key, value = (rows.reshape(shape) for rows in self._project(hidden))
-        arguments: dict[str, Any] = {
-            "scale": self.head_size**-0.5,
-            "dropout_p": 0.0 if layout.seed is None else self.dropout_p,
-            "seed": layout.seed,
-            "sequence_ids": layout.sequence_ids,
-            "site": self.site,
-        }
-        boundaries = (layout.cu_seqlens, layout.max_seqlen)
-        if self.config._attn_implementation == "eager":
-            mixed, probabilities = eager_attention(query, key, value, *boundaries, **arguments)
-            return mixed.flatten(-2), probabilities
-        return varlen_attention(query, key, value, *boundaries, **arguments).flatten(-2), None
+        mixed, probabilities = mix_values(
+            query,
+            key,
+            value,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            scale=self.head_size**-0.5,
+            is_eager=layout.wants_probabilities or self.config._attn_implementation == "eager",
+            inputs=layout.inputs,
+            **layout.dropout(self.dropout_p, self.site),
+        )
+        return mixed.flatten(-2), probabilities
+
+
+def joined_products(owners: tuple[nn.Linear, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    """What each of `owners` makes of `rows` [..., D], as one product."""
+    weight = torch.cat([owner.weight for owner in owners])
+    bias = torch.cat([owner.bias for owner in owners])
+    return functional.linear(rows, weight, bias).chunk(len(owners), dim=-1)
 
 
 class ResidualOutput(nn.Module):
@@ -179,11 +197,8 @@ class ResidualOutput(nn.Module):
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            dropout_p=0.0 if layout.seed is None else self.dropout_p,
-            seed=layout.seed,
-            sequence_ids=layout.sequence_ids,
             cu_seqlens=layout.cu_seqlens,
-            site=self.site,
+            **layout.dropout(self.dropout_p, self.site),
         )
 
 
@@ -257,17 +272,28 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
 
-    def forward(
-        self, hidden: Tensor, layout: Layout, output_hidden_states: bool, output_attentions: bool
-    ) -> EncoderOutput:
+    def forward(self, hidden: Tensor, layout: Layout, wants_states: bool) -> EncoderOutput:
         """The embedding [T, D] -> the last hidden state and what else was asked for."""
-        states, attentions = [hidden], []
+        states: list[Tensor] = []
+        attentions = []
         for layer in self.layer:
+            if wants_states:
+                hidden = _show(hidden, layout.inputs, states)
             hidden, probabilities = layer(hidden, layout)
-            states.append(hidden)
             attentions.append(probabilities)
+        if wants_states:
+            hidden = _show(hidden, layout.inputs, states)
         return EncoderOutput(
             hidden,
-            tuple(states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
+            tuple(states) if wants_states else None,
+            tuple(attentions) if layout.wants_probabilities else None,
         )
+
+
+def _show(hidden: Tensor, inputs: PackedInputs | None, states: list[Tensor]) -> Tensor:
+    """Appends [T, D] to `states`, in the shape of `inputs`, and returns [T, D] made from that.
+
+    What comes after reads the state that the user gets, so that `retain_grad` on it works.
+    """
+    states.append(hidden if inputs is None else inputs.unpack(hidden))
+    return hidden if inputs is None else inputs.pack(states[-1])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from spanbert_fast.config import HEADS
+from spanbert_fast.model.files import check_indices, unpickling_reason
 
 _HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
 _TIED_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
@@ -42,7 +49,8 @@ class ReportedLoading:
             Face's report.
 
         Raises:
-            ValueError: Weights of the encoder are missing, or `weights_only=False`.
+            ValueError: Weights of the encoder are missing, a file is damaged, wants to run code or
+                does not fit its configuration, or `weights_only=False`.
         """
         if kwargs.get("weights_only", True) is not True:
             raise ValueError(
@@ -50,9 +58,15 @@ class ReportedLoading:
                 "more than tensors can run any code"
             )
         wants_report = kwargs.pop("output_loading_info", False)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+            check_indices(Path(source, kwargs.get("subfolder", "")))
         parent: Any = super()
-        model, report = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
+        with _naming_damage(source):
+            model, report = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
         report |= model.__dict__.pop("_names_not_loaded", {})
+        if kwargs.get("state_dict") == {}:  # no weights by request, as from a configuration
+            return (model, report) if wants_report else model
         pickles = [name for name in model.__dict__.pop("_files", ()) if ".safetensors" not in name]
         if pickles:
             warnings.warn(
@@ -82,8 +96,14 @@ class ReportedLoading:
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         model._files = checkpoint_files or []
+        _check_files(model, model._files)
         load = super(ReportedLoading, type(model))._load_pretrained_model  # type: ignore[misc]
-        return load(model, state_dict, checkpoint_files, *args, **kwargs)
+        try:
+            return load(model, state_dict, checkpoint_files, *args, **kwargs)
+        # Pickles may hold anything where a state dict belongs.
+        except (TypeError, AttributeError, KeyError) as error:
+            where = ", ".join(map(str, model._files))
+            raise ValueError(f"{where}: holds no state dict ({error})") from error
 
     def tie_weights(
         self, missing_keys: set[str] | None = None, recompute_mapping: bool = True
@@ -107,6 +127,53 @@ class ReportedLoading:
         self._names_not_loaded = {name: getattr(loading_info, name) for name in names}
         for name in names:
             setattr(loading_info, name, set())
+
+
+@contextmanager
+def _naming_damage(source: object) -> Iterator[None]:
+    """Turns what the readers of damaged or hostile files raise into ValueErrors that name them."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{source}: a pickle was refused, because it holds more than tensors or is damaged "
+            f"({unpickling_reason(error)})"
+        ) from error
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{source}: damaged weights ({error or type(error).__name__})") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{source}: damaged weights ({first})") from error
+
+
+def _check_files(model: Any, files: Collection[str]) -> None:
+    """Refuses weights by what their files say of them, before any memory is taken for them."""
+    if not files:
+        return
+    held = sum(os.path.getsize(file) for file in files)
+    # The heads may be missing, their sizes follow from the encoder's; it must be in the files.
+    encoder = getattr(model, model.base_model_prefix, model)
+    expected = sum(parameter.numel() for parameter in encoder.parameters())
+    if expected > 2 * held:
+        folder = os.path.dirname(next(iter(files)))
+        raise ValueError(
+            f"{folder}: config.json describes an encoder of {expected:,} values, the weights have "
+            f"{held:,} bytes"
+        )
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                kind = tensors.get_slice(name).get_dtype()
+                if name.endswith(("weight", "bias", "gamma", "beta")) and not _is_float(kind):
+                    raise ValueError(f"{file}: {name} holds {kind}, weights must be floats")
+
+
+def _is_float(kind: str) -> bool:
+    return kind.startswith(("F", "BF"))
 
 
 def describe_loading(

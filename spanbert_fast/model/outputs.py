@@ -39,17 +39,31 @@ class SpanBertOutput(ModelOutput):
             KeyError: It was not computed.
         """
         if isinstance(key, str) and key not in self.keys():
-            raise KeyError(
-                f"{key} was not computed: losses need labels, and a head listed in "
-                "config.untrained_heads gives no logits without targets"
-            )
+            raise KeyError(_absence(key))
         return super().__getitem__(key)  # type: ignore[no-untyped-call]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Sets an output.
+
+        Raises:
+            KeyError: A pipeline adds its inputs to an output that has no logits for it. It would
+                look for them in a copy, which cannot tell why they are not there.
+        """
+        if key == "input_ids" and self.logits is None:
+            raise KeyError(_absence("logits"))
+        super().__setitem__(key, value)  # type: ignore[no-untyped-call]
+
+
+def _absence(name: str) -> str:
+    return (
+        f"{name} was not computed: losses need labels, and a head listed in "
+        "config.untrained_heads gives no logits without targets, until it is trained"
+    )
 
 
 class Request(NamedTuple):
     """What is wanted of a packed batch, besides the batch."""
 
-    inputs_embeds: Tensor | None = None
     learns: bool = True
     has_sbo_targets: bool = True
     """False: the SBO rows of the batch ask for predictions, their targets are not known."""

@@ -12,14 +12,13 @@ from spanbert_fast.config import Config
 from spanbert_fast.model.backbone import (
     Backbone,
     SpanBertPreTrainedModel,
-    check_key_boundaries,
     refuse_decoder_arguments,
-    unpack_states,
 )
 from spanbert_fast.model.heads import Heads, RowScores, combine_losses
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
 from spanbert_fast.model.loading import ReportedLoading
 from spanbert_fast.model.outputs import Request, SpanBertOutput
+from spanbert_fast.model.rows import Boundaries
 from spanbert_fast.model.targets import without_spans
 
 
@@ -86,6 +85,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         num_sbo_items_in_batch: int | Tensor | None = None,
         dropout_seed: Tensor | None = None,
@@ -100,8 +100,8 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
         """Losses and logits of a batch in Hugging Face's shapes.
 
         Args:
-            input_ids: Integer [B, S]; or one packed row [1, T], with `cu_seq_lens_q` or with
-                `position_ids` that restart at 0 (and no mask).
+            input_ids: Integer [B, S]; or packed rows without a mask: one row [1, T] with
+                `cu_seq_lens_q`, or any with `seq_idx` or with `position_ids` that restart.
             attention_mask: [B, S] of zeros and ones.
             token_type_ids: Integer [B, S], zeros by default.
             position_ids: Integer [B, S], the column by default.
@@ -114,6 +114,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             cu_seq_lens_k: Equal to `cu_seq_lens_q`, if given.
             max_length_q: Length of the longest sequence of a packed row.
             max_length_k: Equal to `max_length_q`, if given.
+            seq_idx: Integer [B, S], which sequence of its row a token belongs to.
             num_items_in_batch: MLM labels of the whole step; by default those of this batch.
             num_sbo_items_in_batch: SBO targets of the whole step; only
                 `loss_normalization="reference"` reads it.
@@ -126,7 +127,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             encoder_hidden_states: Not supported.
             encoder_attention_mask: Not supported.
             output_hidden_states: Whether to return all hidden states.
-            output_attentions: Whether to return probabilities; needs `attn_implementation="eager"`.
+            output_attentions: Whether to return probabilities; see `Backbone.encode_packed`.
             return_dict: False for a tuple of what is not None.
 
         Raises:
@@ -137,7 +138,6 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        check_key_boundaries(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         inputs = pack_inputs(
             self.config,
             input_ids=input_ids,
@@ -145,15 +145,15 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            cu_seq_lens_q=cu_seq_lens_q,
-            max_length_q=max_length_q,
+            boundaries=Boundaries(
+                cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx
+            ),
             labels=labels,
             sbo_spans=sbo_spans,
             sbo_targets=sbo_targets,
             sequence_ids=sequence_ids,
         )
         request = Request(
-            inputs_embeds=inputs.inputs_embeds,
             learns=labels is not None or sbo_targets is not None,
             has_sbo_targets=sbo_spans is None or sbo_targets is not None,
             num_items=num_items_in_batch,
@@ -189,7 +189,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             num_sbo_items: SBO targets of the whole step; `loss_normalization="reference"` needs it
                 if `batch.num_items` is set.
             output_hidden_states: Whether to return all hidden states, [T, D] each.
-            output_attentions: Whether to return probabilities; needs the "eager" attention.
+            output_attentions: Whether to return probabilities; see `Backbone.encode_packed`.
         """
         request = Request(
             num_items=batch.num_items,
@@ -211,7 +211,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
     ) -> SpanBertOutput:
         encoded = self.bert.encode_packed(
             batch,
-            inputs_embeds=request.inputs_embeds,
+            inputs=inputs,
             dropout_seed=request.dropout_seed,
             output_hidden_states=request.output_hidden_states,
             output_attentions=request.output_attentions,
@@ -238,10 +238,9 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
             logits = self.cls.mlm_logits(hidden)
         if batch.sbo_targets.shape[0] and self._gives_logits("sbo", request, has_targets["sbo"]):
             sbo_logits = self.cls.sbo_logits(hidden, batch)
+        if inputs is not None and logits is not None:
+            logits = inputs.unpack(logits)
         states, attentions = encoded.hidden_states, encoded.attentions
-        if inputs is not None:
-            states, attentions = unpack_states(inputs, encoded)
-            logits = None if logits is None else inputs.unpack(logits)
         return SpanBertOutput(loss, logits, states, attentions, mlm_loss, sbo_loss, sbo_logits)
 
     def _gives_logits(self, head: str, request: Request, has_targets: bool) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
-from spanbert_fast.config import Config
+from spanbert_fast.model.rows import Sizes
 
 IGNORED = -100
 """No label, no target: Hugging Face's and PyTorch's number for it."""
@@ -52,7 +52,7 @@ def without_spans(batch: PackedBatch) -> PackedBatch:
 
 
 def masked_targets(
-    config: Config,
+    sizes: Sizes,
     labels: Tensor | None,
     shape: tuple[int, int],
     kept: Tensor | None,
@@ -61,7 +61,7 @@ def masked_targets(
     """Packed positions and ids, int64 [M] each, of all labels.
 
     Args:
-        config: Sets the size of the vocabulary.
+        sizes: Sets the size of the vocabulary.
         labels: int64 [B, S], -100 = no label; None: no labels.
         shape: B and S.
         kept: int64 [T], flat positions that are not padding; None: all.
@@ -81,12 +81,12 @@ def masked_targets(
     ids = ids.index_select(0, positions)
     if kept is not None and int((flat != IGNORED).sum()) != len(ids):
         raise ValueError("labels must be -100 where attention_mask is 0")
-    _check_ids("labels", ids, config.vocab_size)
+    _check_ids("labels", ids, sizes.vocab_size)
     return positions, ids
 
 
 def span_targets(
-    config: Config,
+    sizes: Sizes,
     spans: Tensor,
     targets: Tensor | None,
     shape: tuple[int, int],
@@ -96,7 +96,7 @@ def span_targets(
     """The SBO fields of the batch, spans in the order of the rows.
 
     Args:
-        config: Sets the number of slots and the size of the vocabulary.
+        sizes: Sets the number of slots and the size of the vocabulary.
         spans: int64 [B, R, 2], columns left and right of each span; -1 = padding.
         targets: int64 [B, R, up to K], -100 = padding after the ids of a span; None: one row per
             token of each span, with nothing to learn.
@@ -122,10 +122,10 @@ def span_targets(
         counts = edges[:, 1] - edges[:, 0] - 1
         ids = torch.full((int(counts.sum()),), IGNORED, dtype=torch.int64, device=spans.device)
     else:
-        counts, ids = _counted_targets(config, targets, is_span)
-    if bool(((counts < 1) | (counts > config.max_span_targets)).any()):
+        counts, ids = _counted_targets(sizes, targets, is_span)
+    if bool(((counts < 1) | (counts > sizes.max_span_targets)).any()):
         raise ValueError(
-            f"a span must have 1 to {config.max_span_targets} targets (max_span_targets), "
+            f"a span must have 1 to {sizes.max_span_targets} targets (max_span_targets), "
             f"got {counts.tolist()[:16]}"
         )
     left, right = _packed_edges(edges, is_span, shape, kept, cu_seqlens)
@@ -133,7 +133,7 @@ def span_targets(
     return SpanTargets(left, right, cu, ids)
 
 
-def _counted_targets(config: Config, targets: Tensor, is_span: Tensor) -> tuple[Tensor, Tensor]:
+def _counted_targets(sizes: Sizes, targets: Tensor, is_span: Tensor) -> tuple[Tensor, Tensor]:
     if targets.dim() != 3 or targets.shape[:2] != is_span.shape:
         raise ValueError(
             f"sbo_targets must have shape ({is_span.shape[0]}, {is_span.shape[1]}, slots), "
@@ -147,7 +147,7 @@ def _counted_targets(config: Config, targets: Tensor, is_span: Tensor) -> tuple[
     if not torch.equal(counts > 0, is_span):
         raise ValueError("sbo_targets must hold ids exactly where sbo_spans hold a span")
     ids = targets[is_target].long()
-    _check_ids("sbo_targets", ids, config.vocab_size)
+    _check_ids("sbo_targets", ids, sizes.vocab_size)
     return counts[is_span], ids
 
 

@@ -5,6 +5,7 @@ from spanbert_fast.ops.activation import bias_gelu_layer_norm as bias_gelu_layer
 from spanbert_fast.ops.attention import AttentionResult as AttentionResult
 from spanbert_fast.ops.attention import varlen_attention as varlen_attention
 from spanbert_fast.ops.attention import varlen_attention_with_lse as varlen_attention_with_lse
+from spanbert_fast.ops.banded_attention import banded_attention as banded_attention
 from spanbert_fast.ops.cross_entropy import CrossEntropy as CrossEntropy
 from spanbert_fast.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from spanbert_fast.ops.dispatch import BackendChoice as BackendChoice

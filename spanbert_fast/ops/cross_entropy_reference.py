@@ -11,7 +11,7 @@ from torch import Tensor
 from spanbert_fast.ops.precision import wide_dtype
 
 # Logits of one chunk: enough rows to make the product efficient.
-_CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 26
 
 
 def forward(
@@ -133,7 +133,7 @@ def _classes(
 
 
 def _chunks(num_rows: int, num_classes: int, itemsize: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BYTES // (num_classes * itemsize))
+    step = max(1, CHUNK_BYTES // (num_classes * itemsize))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

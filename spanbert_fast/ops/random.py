@@ -51,7 +51,13 @@ def token_places(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """
     rows = torch.arange(num_tokens, device=cu_seqlens.device)
     boundaries = cu_seqlens.to(torch.int64)
-    sequences = torch.searchsorted(boundaries[1:], rows, right=True)
+    if torch.compiler.is_exporting():
+        # The same in operators that ONNX has: how many sequences have ended at or before a row.
+        ended = rows.new_zeros(num_tokens + 1)
+        ended = ended.scatter_add(0, boundaries[1:], torch.ones_like(boundaries[1:]))
+        sequences = ended.cumsum(0)[:num_tokens]
+    else:
+        sequences = torch.searchsorted(boundaries[1:], rows, right=True)
     return sequences, rows - boundaries.index_select(0, sequences)
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from spanbert_fast.ops.dispatch import accelerated
 from spanbert_fast.ops.norm import wide_layer_norm
 from spanbert_fast.ops.precision import wide_dtype
+from spanbert_fast.ops.random import token_places
 
 
 @accelerated
@@ -51,10 +52,7 @@ def span_boundary_hidden(
     both = hidden.index_select(0, torch.stack([left, right], dim=1).flatten())
     by_span = functional.linear(both.view(num_spans, size), weight[:, :size])
     by_offset = functional.linear(position_table, weight[:, size:])
-    starts = cu[:-1].to(torch.int64)
-    spans = torch.repeat_interleave(cu.diff().to(torch.int64), output_size=num_rows)
-    rows = torch.arange(num_rows, device=cu.device)
-    offsets = rows - starts.index_select(0, spans)
+    spans, offsets = token_places(cu, num_rows)
     wide = wide_dtype(by_span.dtype)
     slots = by_offset.to(wide) + bias.to(wide)
     total = by_span.to(wide).index_select(0, spans) + slots.index_select(0, offsets)

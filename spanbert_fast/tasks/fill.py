@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
+from spanbert_fast.data.tokenizer import check_case
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.tasks.inference import inference
 from spanbert_fast.tasks.mask_runs import (
     HeadChoice,
     HeadName,
@@ -127,6 +128,7 @@ def _check_arguments(
         )
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token")
+    check_case(tokenizer)
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"top_k must be an int, not {top_k!r}")
     if top_k < 1:
@@ -166,19 +168,6 @@ def _check_sequences(model: Model, sequences: Sequence[list[int]], runs: Sequenc
                 f"text {run.text_index} has token id {max(ids)}, the model knows ids below "
                 f"{vocab_size}: the tokenizer is not this model's"
             )
-
-
-@contextmanager
-def _inference(model: Model) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _pack(
@@ -226,7 +215,7 @@ def _score(
     """Log-probabilities [n, V] of each run; only masked rows meet a decoder."""
     batch = _pack(model, sequences, runs, heads)
     scores: dict[str, Iterator[Tensor]] = {}
-    with _inference(model):
+    with inference(model):
         hidden = model.bert.encode_packed(batch).last_hidden_state
         for name in ("mlm", "sbo"):
             sizes = [run.length for run in runs if name in heads[run.group]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -24,3 +25,33 @@ class FillOptions:
     """Shortest and longest filling in tokens, tried for the single [MASK] of each text."""
     allow_untrained_heads: bool = False
     """Use heads with random weights, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """Cut texts into spans by a model's attention."""
+
+    model: str
+    """Folder or hub name of a model."""
+    text: tuple[str, ...] = ()
+    """Texts; lines of the standard input if there are none."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; the model's own unless given."""
+    max_words: int = 10
+    """Longest span in words."""
+    layers: tuple[int, ...] | None = None
+    """Layers whose attention counts, from 0; all unless given."""
+    heads: tuple[int, ...] | None = None
+    """Heads of these layers, from 0; all unless given."""
+    border_weight: float = 1.0
+    """How much attention across its borders speaks against a span."""
+    sharpness: float = 1.0
+    """Factor of the attention's evidence beside the law of lengths."""
+    stop_probability: float = 0.5
+    """Of the geometric law of lengths; above 1/2 spans get shorter."""
+    respect_sentences: bool = False
+    """No span crosses the border of a sentence."""
+    html: Path | None = None
+    """Page to write, with the spans underlined."""
+    png: Path | None = None
+    """Picture to write, with the spans underlined."""

@@ -62,7 +62,7 @@ def evaluate_model(
     Raises:
         ValueError: There is no batch.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     device = next(model.parameters()).device
     mlm: list[_Scores] = []
@@ -77,7 +77,8 @@ def evaluate_model(
         sbo.append(_Scores(scores.sbo_loss.double().cpu(), scores.sbo_correct.cpu()))
         labels.append(batch.mlm_labels)
         places.append(_places(batch.sbo_cu))
-    model.train(was_training)
+    for module, mode in modes:  # a frozen encoder has a mode of its own
+        module.training = mode
     if not blocks:
         raise ValueError(f"{source.path} has no blocks to evaluate on")
     trained = {"mlm", "sbo"} - set(model.config.untrained_heads)

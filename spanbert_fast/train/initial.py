@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from spanbert_fast.config import Config
+from spanbert_fast.config import HEADS, Config
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.train.machine import without_progress_bars
 from spanbert_fast.train.options import Settings
@@ -30,6 +31,11 @@ def build_model(settings: Settings, source: Source) -> Model:
                 settings.init, dtype=torch.float32, **settings.model
             )
         source.check_vocabulary(settings.init, int(model.config.vocab_size))
+        if settings.freeze_encoder:
+            # The decoder's matrix is the table of word vectors, so it stays as it is, too.
+            model.bert.requires_grad_(False)
+            if settings.unigram_bias:
+                _start_from_unigram_law(model, source, model.config.untrained_heads)
     else:
         fields: dict[str, Any] = {
             "vocab_size": manifest.vocab_size,
@@ -39,7 +45,7 @@ def build_model(settings: Settings, source: Source) -> Model:
         }
         model = Model(Config.preset(settings.preset, **(fields | settings.model)))
         if settings.unigram_bias:
-            _start_from_unigram_law(model, source)
+            _start_from_unigram_law(model, source, HEADS)
     source.check_positions(int(model.config.max_position_embeddings))
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -47,9 +53,10 @@ def build_model(settings: Settings, source: Source) -> Model:
 
 
 @torch.no_grad()
-def _start_from_unigram_law(model: Model, source: Source) -> None:
-    """Give both heads the counts, so that no step and no vector is spent on learning them."""
+def _start_from_unigram_law(model: Model, source: Source, heads: Iterable[str]) -> None:
+    """Give the heads the counts, so that no step and no vector is spent on learning them."""
     counts = source.token_counts().double() + 1
     law = (counts / counts.sum()).log()
-    for bias in (model.cls.predictions.bias, model.cls.span_boundary.bias):
-        bias[: len(law)] = law
+    biases = {"mlm": model.cls.predictions.bias, "sbo": model.cls.span_boundary.bias}
+    for head in heads:
+        biases[head][: len(law)] = law

@@ -161,7 +161,7 @@ class Meter:
         return progress
 
 
-def model_flops(config: Config, batch: PackedBatch) -> float:
+def model_flops(config: Config, batch: PackedBatch, *, frozen_encoder: bool = False) -> float:
     """Multiply-add work, counted as 2 each, of one forward and backward pass over a batch.
 
     Matrix products only: four projections and two feed-forward products per token and layer, two
@@ -171,6 +171,7 @@ def model_flops(config: Config, batch: PackedBatch) -> float:
     Args:
         config: Shape of the model.
         batch: On the host.
+        frozen_encoder: The encoder has no backward pass.
     """
     hidden, feed_forward = int(config.hidden_size), int(config.intermediate_size)
     lengths = batch.cu_seqlens.diff().double()
@@ -180,7 +181,7 @@ def model_flops(config: Config, batch: PackedBatch) -> float:
     num_rows = len(batch.mlm_positions) + len(batch.sbo_targets)
     heads = num_rows * (hidden**2 + hidden * int(config.vocab_size))
     boundaries = 2 * len(batch.sbo_left) * hidden**2
-    return 3 * 2 * (encoder + heads + boundaries)
+    return 2 * ((1 if frozen_encoder else 3) * encoder + 3 * (heads + boundaries))
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spanbert_fast.train.events import EvaluationResult
 from spanbert_fast.train.machine import without_progress_bars
+from spanbert_fast.train.options import Settings
 from spanbert_fast.train.run import Run
 
 _NON_COMMERCIAL = "cc-by-nc-4.0"
@@ -49,7 +50,7 @@ def model_card(run: Run, evaluation: EvaluationResult | None) -> str:
     }
     lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "---", ""]
     lines += [
-        f"# SpanBERT, {settings.preset}, pre-trained on {settings.data.name}",
+        f"# {_title(settings)}",
         "",
         "A BERT encoder with an MLM head and a span boundary head (Joshi et al. 2020). It loads in "
         "plain transformers as `BertForMaskedLM`; `spanbert_fast.Model.from_pretrained` loads the "
@@ -64,6 +65,12 @@ def model_card(run: Run, evaluation: EvaluationResult | None) -> str:
         *_section("Environment", run.environment),
     ]
     return "\n".join(lines)
+
+
+def _title(settings: Settings) -> str:
+    if settings.freeze_encoder:
+        return f"Heads for {Path(settings.init or '').name}, trained on {settings.data.name}"
+    return f"SpanBERT, {settings.preset}, pre-trained on {settings.data.name}"
 
 
 def inherited_licence(init: str | None) -> str | None:

@@ -24,8 +24,8 @@ MASKING_KEYS = (
     "scheme",
     "replacement",
 )
-# Rows of a micro-batch that fit the activations of a base model into a few gigabytes.
-_MICRO_BATCH_TOKENS = 16_384
+MICRO_BATCH_TOKENS = 16_384
+"""Rows of a micro-batch that fit the activations of a base model into a few gigabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of one run with nothing left open; field for field as `PretrainOptions`."""
+    """The options of one run with nothing left open; field for field as `PretrainOptions`.
+
+    Only `fit_heads` makes those with the preset "heads" and a frozen encoder.
+    """
 
     data: Path
     output: Path
@@ -151,6 +154,7 @@ class Settings:
     language: str | None
     model: dict[str, Value]
     masking: dict[str, Value]
+    freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -184,7 +188,7 @@ class Settings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": get_args(Preset),
+    "preset": (*get_args(Preset), "heads"),
     "precision": get_args(Precision),
     "device": get_args(Device),
 }
@@ -268,7 +272,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
 
         values["threads"] = torch.get_num_threads()
     if isinstance(tokens := values["global_batch_tokens"], int):
-        values.setdefault("micro_batches", max(1, math.ceil(tokens / _MICRO_BATCH_TOKENS)))
+        values.setdefault("micro_batches", max(1, math.ceil(tokens / MICRO_BATCH_TOKENS)))
     if missing := [name for name in ("data", "output") if name not in values]:
         raise ValueError(f"{missing[0]} must be given, on the command line or in the file")
     names = {f.name for f in dataclasses.fields(Settings)}

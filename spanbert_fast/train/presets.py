@@ -88,3 +88,14 @@ RECIPES = {
         steps=2_400_000,
     ),
 }
+
+HEADS = Recipe(
+    learning_rate=1e-3,
+    warmup_steps=100,
+    global_batch_tokens=4_096,
+    steps=4_000,
+    log_every=50,
+    eval_every=500,
+    save_every=500,
+    unigram_bias=True,
+)

@@ -29,7 +29,7 @@ from spanbert_fast.train.machine import machine_settings, only_user
 from spanbert_fast.train.metrics import model_flops, read_metrics
 from spanbert_fast.train.model_card import save_model
 from spanbert_fast.train.optim import learning_rate, set_learning_rate, step_unless
-from spanbert_fast.train.options import PretrainOptions, resolve
+from spanbert_fast.train.options import PretrainOptions, Settings, resolve
 from spanbert_fast.train.report import draw_report, span_examples, write_examples
 from spanbert_fast.train.run import Run, build_run
 
@@ -55,11 +55,18 @@ def pretrain(options: PretrainOptions, *, on_event: Emit | None = None) -> Pretr
             example ids.
         OSError: The disk is full or fails; the last checkpoint is intact.
     """
+    settings, allow_inexact = resolve(options)
+    return train(settings, allow_inexact_resume=allow_inexact, on_event=on_event)
+
+
+def train(
+    settings: Settings, *, allow_inexact_resume: bool, on_event: Emit | None
+) -> PretrainSummary:
+    """What `pretrain` does, with nothing left open."""
     begun = time.perf_counter()
     emit = on_event or (lambda event: None)
-    settings, allow_inexact = resolve(options)
     with only_user(settings.output), machine_settings(settings.threads):
-        run = build_run(settings, emit, allow_inexact_resume=allow_inexact)
+        run = build_run(settings, emit, allow_inexact_resume=allow_inexact_resume)
         with contextlib.closing(run.log):
             try:
                 evaluation = _train(run, emit)
@@ -129,7 +136,8 @@ def _learn(run: Run, step: Step, batch: PackedBatch, seed: Tensor) -> Tensor:
         )
     assert output.loss is not None
     run.scale.multiply(output.loss).backward()  # type: ignore[no-untyped-call]
-    run.meter.add(output, batch, model_flops(run.model.config, batch))
+    flops = model_flops(run.model.config, batch, frozen_encoder=run.settings.freeze_encoder)
+    run.meter.add(output, batch, flops)
     return output.loss.detach()
 
 

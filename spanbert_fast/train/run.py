@@ -204,6 +204,9 @@ def build_run(
     if checkpoint:
         run.restore(checkpoint)
     model.train()
+    if settings.freeze_encoder:
+        # The hidden states that the heads will meet in use: no dropout.
+        model.bert.train(False)
     _write_description(run)
     emit(_started(run, found, peak))
     return run

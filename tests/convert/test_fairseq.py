@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -17,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertForMaskedLM, BertTokenizer
-from transformers.utils import logging
 
-from spanbert_fast.convert import fairseq, huggingface, unpickle
+from spanbert_fast.convert import isolated, unpickle
 from spanbert_fast.convert.fairseq import convert_fairseq
 from spanbert_fast.convert.huggingface import convert_huggingface
 from spanbert_fast.convert.unpickle import read_pickled_tensors
@@ -27,28 +24,6 @@ from spanbert_fast.model.pretrained import Model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ORIGINAL = GOLDEN / "reference_tiny.fairseq.pt"
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.disable_progress_bar()
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Does the work of the separate process in this one, for tests of what happens after it."""
-
-    def read(path: Path, *, timeout_seconds: float) -> tuple[dict[str, Tensor], list[str]]:
-        assert timeout_seconds > 0
-        target = tmp_path / "read.safetensors"
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert unpickle.main(str(path), str(target)) == 0
-        tensors = load_file(target)
-        target.unlink()
-        return tensors, json.loads(printed.getvalue())
-
-    monkeypatch.setattr(fairseq, "read_pickled_tensors", read)
-    monkeypatch.setattr(huggingface, "read_pickled_tensors", read)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +127,7 @@ class Bomb:
 def refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What the reading process says to a file that it must refuse."""
     target = path.with_suffix(".safetensors")
-    assert unpickle.main(str(path), str(target)) == 3
+    assert unpickle.main(1 << 30, str(path), str(target)) == 3
     assert not target.exists()
     return capsys.readouterr().err
 
@@ -189,10 +164,10 @@ def test_a_reader_that_hangs_or_dies_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, original())
-    with pytest.raises(ValueError, match=r"not read within 0.01 s"):
+    with pytest.raises(ValueError, match=r"not done within 0.01 s"):
         read_pickled_tensors(path, timeout_seconds=0.01)
-    monkeypatch.setattr(unpickle.sys, "executable", shutil.which("false"))
-    with pytest.raises(ValueError, match=r"the reading process ended with 1: no message"):
+    monkeypatch.setattr(isolated.sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match=r"the separate process ended with 1: no message"):
         read_pickled_tensors(path)
 
 

@@ -8,6 +8,8 @@ from invented_text import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from spanbert_fast.config import Config
+from spanbert_fast.data.collator import SpanMaskingCollator
 from spanbert_fast.data.tokenizer import (
     is_cased,
     load_tokenizer,
@@ -19,6 +21,8 @@ from spanbert_fast.data.tokenizer import (
     word_starts,
 )
 from spanbert_fast.data.wordpiece import train_tokenizer
+from spanbert_fast.model.pretrained import Model
+from spanbert_fast.tasks.fill import fill_span
 
 TEXT = "Anna walked under Berlin's bridges"
 
@@ -91,8 +95,29 @@ def test_lower_casing_a_cased_vocabulary_is_refused(tmp_path, tokenizer_folder):
         assert "Anna" in load_tokenizer(folder).tokenize(TEXT)
 
 
+def test_a_tokenizer_that_others_load_in_lower_case_is_refused_where_it_is_used(
+    tmp_path, tokenizer_folder
+):
+    """`AutoTokenizer` lower-cases a vocabulary that comes without tokenizer_config.json."""
+    shutil.copy(tokenizer_folder / "vocab.txt", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    lowering = AutoTokenizer.from_pretrained(tmp_path)
+    assert "Anna" not in lowering.tokenize(TEXT)
+    message = "the tokenizer lower-cases text, .* do_lower_case=False"
+    with pytest.raises(ValueError, match=message):
+        SpanMaskingCollator(lowering)
+    size = len(lowering)
+    shape = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    model = Model(Config(vocab_size=size, num_hidden_layers=1, **shape)).eval()
+    with pytest.raises(ValueError, match=message):
+        fill_span(model, lowering, "Anna [MASK]")
+    mended = AutoTokenizer.from_pretrained(tmp_path, do_lower_case=False)
+    assert fill_span(model, mended, "Anna [MASK]")
+    SpanMaskingCollator(mended)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither tokenizer.json nor vocab.txt"):
+    with pytest.raises(ValueError, match=r"tokenizer.json nor vocab.txt, .* bert-base-cased"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         load_tokenizer(tmp_path / "nothing")

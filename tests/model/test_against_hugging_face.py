@@ -73,6 +73,33 @@ def test_gradients(model: Model, padded: dict[str, Tensor]) -> None:
             torch.testing.assert_close(parameter.grad, theirs[name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_probabilities_and_states_are_on_the_way(
+    model: Model, padded: dict[str, Tensor], attention: str
+) -> None:
+    """Whatever the attention, and with a gradient, as people who explain models ask for them."""
+    inputs = inputs_of(padded, "attention_mask", "token_type_ids", "labels")
+    wanted = {"output_attentions": True, "output_hidden_states": True}
+    twin = twin_of(model)
+    twin.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
+    kept = inputs["attention_mask"].bool()
+    grads = []
+    for each in (model, twin):
+        output = each(**inputs, **wanted)
+        seen = [*output.attentions, *output.hidden_states]
+        for value in seen:
+            value.retain_grad()
+        output.loss.backward()
+        grads.append([value.grad for value in seen])
+    num_layers = model.config.num_hidden_layers
+    for index, (mine, judge) in enumerate(zip(*grads, strict=True)):
+        mask = (
+            kept[:, None, :, None] * kept[:, None, None] if index < num_layers else kept[..., None]
+        )
+        torch.testing.assert_close(mine * mask, judge * mask, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("side", ["left", "holes"])
 def test_any_mask(model: Model, padded: dict[str, Tensor], side: str) -> None:
     mask = padded["attention_mask"].flip(1)

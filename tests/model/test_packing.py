@@ -160,7 +160,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("order", {"sbo_spans": torch.tensor([[[5, 3]] * 3] * 4)}, "left < right < 14, got"),
     ("seed", {"dropout_seed": torch.tensor(1.0)}, "dropout_seed must be an int64 scalar"),
     ("names", {"sequence_ids": torch.arange(3)}, r"sequence_ids must be integers of shape \(4,"),
-    ("attentions", {"output_attentions": True}, 'attn_implementation="eager"'),
 ]
 
 

@@ -25,7 +25,7 @@ def _memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "kept":
         monkeypatch.setattr(cross_entropy, "_KEPT_BYTES", -1)
     if request.param == "in chunks":
-        monkeypatch.setattr(cross_entropy_reference, "_CHUNK_BYTES", 3 * 11 * 8)
+        monkeypatch.setattr(cross_entropy_reference, "CHUNK_BYTES", 3 * 11 * 8)
 
 
 @pytest.fixture(params=["plain", "smoothed", "class weights", "both"])

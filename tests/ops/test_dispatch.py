@@ -16,6 +16,7 @@ from spanbert_fast import ops
 from spanbert_fast.ops import dispatch
 
 OPS = [
+    "banded_attention",
     "bert_embedding",
     "bias_gelu",
     "bias_gelu_layer_norm",
@@ -41,7 +42,7 @@ def test_setting_is_restored_and_checked() -> None:
     assert ops.get_backend() == "auto"
     with pytest.raises(ValueError, match="backend is 'cuda', allowed are auto, torch, triton"):
         ops.set_backend("cuda")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="op is 'gelu', allowed are bert_embedding"):
+    with pytest.raises(ValueError, match="op is 'gelu', allowed are banded_attention"):
         ops.backend_of("gelu", "cpu")
 
 

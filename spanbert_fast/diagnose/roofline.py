@@ -1,4 +1,4 @@
-"""Operations, bytes and modelled time of every kernel of a training step, for `roofline.py`.
+"""Operations, bytes and modelled time of every kernel of a training step on a GPU.
 
 Nothing here was measured on a GPU. The time of a kernel is the largest of four bounds (tensor
 cores, special functions, memory, launches), as if each hid completely behind the largest. Counts of
@@ -265,36 +265,3 @@ def flops_of_step(model: Model) -> float:
         intermediate_size=4 * model.hidden,
     )
     return model_flops(config, batch)
-
-
-class Boundary(NamedTuple):
-    """Modelled seconds of two ways to compute the first SBO layer forward."""
-
-    split: float
-    """Gather, vendor's product of [R, 2 D], one kernel for the rest."""
-    whole_rows: float
-    """One kernel of programs that own 16 rows each."""
-    split_occupancy: float
-    whole_rows_occupancy: float
-
-
-def boundary_layer(gpu: Gpu, model: Model) -> Boundary:
-    """The first SBO layer by both ways; a program has no more than one SM's share of the GPU."""
-    spans, hidden = model.num_sequences * model.spans, model.hidden
-    rate = gpu.peak_tflops * 1e12 * gpu.product_fraction / gpu.num_sms
-    tiles = math.ceil(spans / gpu.vendor_tile) * math.ceil(hidden / gpu.vendor_tile)
-    waves = math.ceil(tiles / gpu.num_sms)
-    launch = gpu.launch_us * 1e-6
-    gather = 2 * 2 * HALF * spans * hidden / (gpu.memory_tbytes * 1e12)
-    product = waves * 2 * gpu.vendor_tile**2 * 2 * hidden / rate
-    targets = HALF * hidden * (spans + model.num_sequences * model.sbo_rows)
-    rest = targets / (gpu.memory_tbytes * 1e12)
-    split = sum(max(seconds, launch) for seconds in (gather, product, rest))
-    programs = math.ceil(spans / 16)
-    busy = min(programs, gpu.num_sms)
-    matrix = HALF * 2 * hidden**2
-    port = min(gpu.cache_port * gpu.clock_ghz * 1e9, gpu.cache_tbytes * 1e12 / busy)
-    turn = max(2 * 16 * 2 * hidden**2 / rate, matrix / port)
-    whole = math.ceil(programs / gpu.num_sms) * turn + rest
-    occupancy = tiles / (waves * gpu.num_sms), busy / gpu.num_sms
-    return Boundary(split, max(whole, launch), *occupancy)

@@ -1,0 +1,201 @@
+"""Cut texts into spans: by a model's attention alone, or by a trained `SpanSegmenter`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spanbert_fast.batch import PackedBatch
+from spanbert_fast.data.sentences import split_sentences
+from spanbert_fast.data.tokenizer import word_starts
+from spanbert_fast.model.pretrained import Model
+from spanbert_fast.model.segmentation import best_segmentation, span_probabilities
+from spanbert_fast.model.span_scores import (
+    SpanScoring,
+    Words,
+    attention_of_words,
+    attention_span_scores,
+)
+from spanbert_fast.model.span_segmenter import SpanSegmenter, mean_of_words
+from spanbert_fast.tasks.inference import inference
+from spanbert_fast.tasks.texts import check_texts, encode_texts, pack
+
+
+class Segment(NamedTuple):
+    """One span of a segmentation."""
+
+    text: str
+    start: int
+    """Character offset in the given text."""
+    end: int
+    """Character offset just past the span."""
+    num_words: int
+    score: float
+    marginal: float
+    """Probability of the span over all segmentations."""
+    label: int
+    """Of a trained segmenter; 0 by attention alone."""
+    vector: Tensor
+    """[D], mean of its words' last hidden states, weighted by the attention that they get inside
+    of the span; float32 or wider, on the CPU."""
+
+
+class TextWords(NamedTuple):
+    """Texts as a packed batch, and where their words lie."""
+
+    batch: PackedBatch
+    words: Words
+    offsets: list[list[tuple[int, int]]]
+    """First and end character of every word, for each text."""
+
+
+def segment(
+    model: Model,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    *,
+    scoring: SpanScoring | None = None,
+    segmenter: SpanSegmenter | None = None,
+    respect_sentences: bool = False,
+    language: str = "en",
+    num_threads: int = 1,
+) -> list[list[Segment]]:
+    """The best segmentation of each text into spans of whole words.
+
+    Words begin where the tokenizer's vocabulary says so, and punctuation marks are words. All texts
+    go through one unpadded forward pass; each is segmented as if it stood alone.
+
+    Args:
+        model: its training mode is left as it was; dropout is off meanwhile.
+        tokenizer: a fast Hugging Face tokenizer, as `load_tokenizer` gives it.
+        text: one text or several.
+        scoring: how attention becomes scores; by default all layers and heads.
+        segmenter: scores spans in the attention's place; `scoring` then only weighs `vector`.
+        respect_sentences: no span crosses the border of a sentence.
+        language: of the sentences, a code such as `en`.
+        num_threads: of the search for the best segmentation.
+
+    Returns:
+        For each text its spans from left to right. They leave out white space alone.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
+        ValueError: a text is longer than the model allows, or a setting is out of range.
+    """
+    texts = check_texts(model, tokenizer, text)
+    scoring = SpanScoring() if scoring is None else scoring
+    if segmenter is not None and segmenter.max_words > scoring.max_words:
+        raise ValueError(
+            f"the segmenter's max_words is {segmenter.max_words}, scoring.max_words allows "
+            f"{scoring.max_words}"
+        )
+    found = find_words(model, tokenizer, texts)
+    with inference(model):
+        states = model.bert.encode_packed(found.batch, output_hidden_states=True).hidden_states
+        assert states is not None
+        attention = attention_of_words(model.bert, found.batch, states, found.words, scoring)
+        if segmenter is None:
+            every = attention_span_scores(attention, found.words, scoring)[..., None]
+        else:
+            with inference(segmenter):
+                every = segmenter(states[-1], found.words)
+        rows = mean_of_words(states[-1], found.words)
+    wide, attention, rows = _on_cpu(every), _on_cpu(attention), _on_cpu(rows)
+    borders = found.words.cu_words.cpu()
+    if respect_sentences:
+        borders = _sentence_borders(texts, found.offsets, borders, language)
+    scores = wide.amax(-1)
+    best = best_segmentation(scores, borders, num_threads=num_threads)
+    # Labels are summed over for the probability of a span and chosen for its score.
+    marginals = span_probabilities(wide.logsumexp(-1), borders, num_threads=num_threads).marginals
+    labels = wide.argmax(-1)
+    places = [(index, *place) for index, own in enumerate(found.offsets) for place in own]
+    result: list[list[Segment]] = [[] for _ in texts]
+    for first, size in zip(best.starts.tolist(), best.lengths.tolist(), strict=True):
+        index, start, _ = places[first]
+        end = places[first + size - 1][2]
+        at = (first, size - 1)
+        result[index].append(
+            Segment(
+                text=texts[index][start:end],
+                start=start,
+                end=end,
+                num_words=size,
+                score=float(scores[at]),
+                marginal=float(marginals[at]),
+                label=int(labels[at]),
+                vector=_pool(rows, attention, first, size),
+            )
+        )
+    return result
+
+
+def _on_cpu(rows: Tensor) -> Tensor:
+    return rows.to("cpu", torch.promote_types(rows.dtype, torch.float32))
+
+
+def find_words(model: Model, tokenizer: Any, texts: Sequence[str]) -> TextWords:
+    """The texts as one packed batch on the model's device, and their words.
+
+    Raises:
+        ValueError: a text is longer than the model allows, or the tokenizer is another model's.
+    """
+    encoded = encode_texts(model, tokenizer, texts)
+    begins = word_starts(tokenizer)
+    word_of: list[int] = []
+    offsets: list[list[tuple[int, int]]] = []
+    count = 0
+    for index, ids in enumerate(encoded["input_ids"]):
+        own: list[tuple[int, int]] = []
+        marks = encoded["special_tokens_mask"][index]
+        for token, special, place in zip(ids, marks, encoded["offset_mapping"][index], strict=True):
+            if special:
+                word_of.append(-1)
+            elif begins[token] or not own:
+                word_of.append(count + len(own))
+                own.append(place)
+            else:
+                word_of.append(count + len(own) - 1)
+                own[-1] = (own[-1][0], place[1])
+        count += len(own)
+        # A byte-level piece holds the space before it.
+        offsets.append([_stripped(texts[index], *place) for place in own])
+    sizes = torch.tensor([0, *map(len, offsets)]).cumsum(0)
+    words = Words(word_of=torch.tensor(word_of).to(model.device), cu_words=sizes.int())
+    words = Words(word_of=words.word_of, cu_words=words.cu_words.to(model.device))
+    return TextWords(pack(encoded["input_ids"]).to(model.device), words, offsets)
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+
+
+def _sentence_borders(
+    texts: Sequence[str], offsets: Sequence[list[tuple[int, int]]], borders: Tensor, language: str
+) -> Tensor:
+    """The given borders and the first word of every sentence, int32."""
+    found = set(borders.tolist())
+    for text, own, first in zip(texts, offsets, borders.tolist(), strict=False):
+        place = 0
+        for sentence in split_sentences(text, language):
+            place = text.index(sentence, place)
+            inside = [index for index, (start, _) in enumerate(own) if start >= place]
+            found |= {first + inside[0]} if inside else set()
+            place += len(sentence)
+    return torch.tensor(sorted(found), dtype=torch.int32)
+
+
+def _pool(rows: Tensor, attention: Tensor, first: int, size: int) -> Tensor:
+    """Mean of `size` words [D], weighted by the attention that each gets from all of them."""
+    reach = attention.shape[1] // 2
+    weights = attention.new_zeros(size)
+    for query in range(size):
+        weights += attention[first + query, reach - query : reach - query + size]
+    total = weights.sum()
+    # Attention may leave a span altogether: then its words count alike.
+    weights = weights / total if total > 0 else torch.full_like(weights, 1 / size)
+    return weights.to(rows) @ rows[first : first + size]

@@ -1,0 +1,1 @@
+"""Hugging Face's own test suite, run against our models. See docs/conformance.md."""
