@@ -9,7 +9,6 @@ or in one call whose padding the graph drops by itself. All have the same thread
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 
@@ -101,13 +100,11 @@ def files(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     found = {name: folder / f"{name}.onnx" for name in ("fp32", "int8")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
         export_peer(model, found["fp32"])
         # Fused operators are none of ONNX: without a type for their outputs it would stop.
         extra = {"DefaultTensorType": onnx.TensorProto.FLOAT}
         quantize_dynamic(found["fp32"], found["int8"], extra_options=extra)
         export_model(model, folder / "ours", outputs=["last_hidden_state"], quantize="int8")
-        logging.disable(logging.NOTSET)
     return {**found, "ours": folder / "ours" / "model.onnx"}
 
 
