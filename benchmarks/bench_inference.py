@@ -6,8 +6,6 @@ sentence-transformers; see `inference_peers.py` for the ways they batch.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from inference_peers import (
@@ -71,7 +69,7 @@ def test_encode(
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("workload", ["ragged-50", "sentences"])
 def test_sentence_transformers(
-    benchmark: BenchmarkFixture, setting: Setting, tmp_path: Path, workload: str, precision: str
+    benchmark: BenchmarkFixture, setting: Setting, workload: str, precision: str
 ) -> None:
     """From text to mean vectors. Four sequences are one batch to the peer, so that `ragged-50` is
     padded as without sorting.
@@ -89,7 +87,7 @@ def test_sentence_transformers(
     )
     require_dtype(benchmark, chosen, case)
     model, texts = make_model(chosen, 0.0).eval(), make_texts(make_batch(chosen, workload))
-    ours, peer = text_encoders(chosen, model, texts, tmp_path)
+    ours, peer = text_encoders(chosen, model, texts)
     assert relative_error(ours(), peer()) < (3e-2 if precision == "bf16" else 1e-4)
     time_in_turn(benchmark, chosen, case, ours, peer, is_warm=True)
 

@@ -9,7 +9,9 @@ or in one call whose padding the graph drops by itself. All have the same thread
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,13 +92,17 @@ def export_peer(model: Model, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def files(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The peer's two files and ours, of the model that `make_model` gives."""
+def files(setting: Setting) -> Iterator[dict[str, Path]]:
+    """The peer's two files and ours, of the model that `make_model` gives; gone afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield write_files(make_model(setting.base(), 0.0).eval(), Path(folder))
+
+
+def write_files(model: Model, folder: Path) -> dict[str, Path]:
+    """`fp32` and `int8` are the peer's, `ours` has 8 bits."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    folder = tmp_path_factory.mktemp("onnx")
-    model = make_model(setting.base(), 0.0).eval()
     found = {name: folder / f"{name}.onnx" for name in ("fp32", "int8")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,9 @@
 """Rows 1 to 5 and 7: a training step of BERT base, forward and backward, without the optimizer.
 
 The peers get the same weights, words, dropout and dtype, and ours learns what they learn: masked
-words; in row 7 both learn both objectives. The loss of the very models that are timed is compared
-first, without dropout, and `bench_step` compares encoder outputs and gradients as well.
+words; in row 7 both learn both objectives. The losses are compared first: without dropout, on two
+sequences (row 7: on all), and with dropout, of the very steps that are timed. `bench_step` compares
+encoder outputs and gradients as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DROPOUT = 0.1
 DEFAULT = NAMES[choose_setting().dtype]
 """Precision that pre-training chooses on this machine."""
 # Rows; workload; peer, see `peers.py`; our dtype and the peer's. The best setting of a peer decodes
-# no word without a label; the default decodes all.
+# no word without a label; the default decodes all. Of `ragged-50` the looped one is stronger still.
 TABLE = (
     ("1", "full-512", "sdpa", DEFAULT, "fp32"),
     ("2", "full-512", "sdpa", "bf16", "bf16"),
@@ -44,8 +45,6 @@ TABLE = (
     ("4a", "ragged-50", "sdpa", DEFAULT, "fp32"),
     ("4b", "ragged-50", "sdpa", "bf16", "bf16"),
     ("4b (fp32)", "ragged-50", "sdpa", "fp32", "fp32"),
-    ("4b best setting", "ragged-50", "sdpa masked", "bf16", "bf16"),
-    ("4b best setting (fp32)", "ragged-50", "sdpa masked", "fp32", "fp32"),
     ("5", "ragged-50", "sdpa looped", "bf16", "bf16"),
     ("5 (fp32)", "ragged-50", "sdpa looped", "fp32", "fp32"),
     ("5 best setting", "ragged-50", "sdpa masked looped", "bf16", "bf16"),
@@ -86,9 +85,9 @@ def test_step(
     )
     require_dtype(benchmark, base, case)
     batch = without_spans(make_batch(base, workload))
-    exact = make_model(base, 0.0).eval()
+    few, exact = without_spans(make_batch(base, workload, num_sequences=2)), make_model(base, 0.0)
     for dtype in {own, other}:
-        assert_same_loss(base.at(DTYPES[dtype]), exact, batch, kind)
+        assert_same_loss(base.at(DTYPES[dtype]), exact, few, kind)
     del exact
     model = make_model(base, DROPOUT)
     ours = our_step(base.at(DTYPES[own]), model, batch)
@@ -102,8 +101,9 @@ def assert_same_loss(setting: Setting, model: torch.nn.Module, batch, kind: str)
     """Compares our loss of the same words with the peer's, both without dropout."""
     plain = kind.replace(" compiled", "")
     peer = peer_step(setting, model, batch, plain)
-    found = our_step(setting, model, batch)()
-    assert relative_error(found, peer()) < (5e-3 if setting.dtype is torch.bfloat16 else 1e-4)
+    with torch.no_grad():
+        found, expected = our_step(setting, model, batch)(), peer()
+    assert relative_error(found, expected) < (5e-3 if setting.dtype is torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -123,7 +123,8 @@ def test_reference_layout(benchmark: BenchmarkFixture, setting: Setting, precisi
     batch = make_batch(base, "ragged-50")
     steps = {p: both_steps(base, batch, p) for p in (0.0, DROPOUT)}
     ours, peer = steps[0.0]
-    assert relative_error(ours(), peer()) < (5e-3 if precision == "bf16" else 1e-4)
+    with torch.no_grad():
+        assert relative_error(ours(), peer()) < (5e-3 if precision == "bf16" else 1e-4)
     del steps[0.0], ours, peer
     time_in_turn(benchmark, base, case, *steps[DROPOUT])
 

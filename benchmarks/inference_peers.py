@@ -7,8 +7,8 @@ what needs no padding.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peers import autocast, make_peer
@@ -115,9 +115,7 @@ def make_texts(batch: PackedBatch) -> list[str]:
     return [" ".join(f"w{index:05d}" for index in row) for row in ids]
 
 
-def text_encoders(
-    setting: Setting, model: Model, texts: list[str], folder: Path
-) -> tuple[Encode, Encode]:
+def text_encoders(setting: Setting, model: Model, texts: list[str]) -> tuple[Encode, Encode]:
     """Mean vectors [B, D] of texts, by ours and by sentence-transformers' `encode`.
 
     Both read text with the same fast tokenizer; the peer sorts and batches as it does by default.
@@ -125,11 +123,12 @@ def text_encoders(
     from sentence_transformers import SentenceTransformer
 
     tokenizer = make_tokenizer(setting.sizes.vocab_size)
-    make_peer(model, "sdpa").bert.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    peer = SentenceTransformer(
-        str(folder), device=str(setting.device), model_kwargs={"attn_implementation": "sdpa"}
-    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        make_peer(model, "sdpa").bert.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        peer = SentenceTransformer(
+            folder, device=str(setting.device), model_kwargs={"attn_implementation": "sdpa"}
+        )
 
     def theirs() -> Tensor:
         with autocast(setting):

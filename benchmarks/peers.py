@@ -89,13 +89,17 @@ def autocast(setting: Setting) -> torch.autocast:
 
 
 def step_of(setting: Setting, module: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Forward and backward, to fresh gradients; returns the loss, still on the device."""
+    """Forward and backward, to fresh gradients; returns the loss, still on the device.
+
+    Under `torch.no_grad` the loss alone.
+    """
 
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
         with autocast(setting):
             value = loss()
-        value.backward()
+        if torch.is_grad_enabled():
+            value.backward()
         return value.detach()
 
     return step
@@ -136,7 +140,8 @@ def looped_step(setting: Setting, peer: BertForMaskedLM, batch: PackedBatch, kin
                 is_masked = "masked" in kind
                 loss = masked_loss(peer, row, inputs) if is_masked else peer(**inputs).loss
                 loss = loss * share
-            loss.backward()
+            if torch.is_grad_enabled():
+                loss.backward()
             total += loss.detach()
         return total
 
