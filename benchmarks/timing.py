@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -54,22 +54,24 @@ def command_of(benchmark: BenchmarkFixture) -> str:
     return f"python -m pytest 'benchmarks/{name_of(benchmark)}' --benchmark-only"
 
 
+def describe(benchmark: BenchmarkFixture, setting: Setting, case: Case) -> Record:
+    """What the record of a case says before anything is measured."""
+    return Record(
+        case=name_of(benchmark),
+        rows=case.rows,
+        workload=case.workload,
+        peer=case.peer,
+        dtype=case.dtype or NAMES[setting.dtype],
+        dropout=case.dropout,
+        threads=torch.get_num_threads(),
+        model=case.model or setting.model,
+        command=command_of(benchmark),
+    )
+
+
 def skip(benchmark: BenchmarkFixture, setting: Setting, case: Case, reason: str) -> None:
     """Skips the test; the table keeps its row, with the reason."""
-    setting.records.append(
-        Record(
-            case=name_of(benchmark),
-            rows=case.rows,
-            workload=case.workload,
-            peer=case.peer,
-            dtype=case.dtype or NAMES[setting.dtype],
-            dropout=case.dropout,
-            threads=torch.get_num_threads(),
-            model=case.model or setting.model,
-            command=command_of(benchmark),
-            skipped=reason,
-        )
-    )
+    setting.records.append(replace(describe(benchmark, setting, case), skipped=reason))
     pytest.skip(reason)
 
 
@@ -124,16 +126,8 @@ def make_record(
     spread = np.percentile(above[:, 0] / below[:, 0], [20, 80]) * case.scale
     middle = np.median(above[:, 0]) / np.median(below[:, 0]) * case.scale
     (mine, mine_cpu), (theirs, theirs_cpu) = np.median(own, 0), np.median(other, 0)
-    return Record(
-        case=name_of(benchmark),
-        rows=case.rows,
-        workload=case.workload,
-        peer=case.peer,
-        dtype=case.dtype or NAMES[setting.dtype],
-        dropout=case.dropout,
-        threads=torch.get_num_threads(),
-        model=case.model or setting.model,
-        command=command_of(benchmark),
+    return replace(
+        describe(benchmark, setting, case),
         ratio=float(middle),
         ratio_20=float(spread[0]),
         ratio_80=float(spread[1]),
