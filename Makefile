@@ -7,8 +7,8 @@ CONFORMANCE := $(patsubst transformers==%,build/conformance/%,$(filter transform
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format wheel sanitize kill-test test-tensorflow verify-export conformance verify-kernels \
-        kernel-report lock clean
+.PHONY: demo test bench bench-smoke bench-check lint format wheel sanitize kill-test test-tensorflow \
+        verify-export conformance verify-kernels kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output
@@ -18,7 +18,13 @@ test: lint .real_weights
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: $(VENV)/development $(VENV)/core
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/run.py
+
+bench-smoke: $(VENV)/development $(VENV)/core
+	$(BIN)/python -m pytest tests/test_benchmarks.py
+
+bench-check: bench
+	$(BIN)/python benchmarks/check.py build/benchmarks
 
 lint: $(VENV)/development $(VENV)/core
 	$(BIN)/ruff check .

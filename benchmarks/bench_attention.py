@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import NO_BF16, Case, skip, time_in_turn
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from workload import WORKLOADS, Setting, places, relative_error, time_in_turn
+from workload import WORKLOADS, Setting, places, relative_error
 
 from spanbert_fast import ops, use_backend
 
@@ -148,6 +149,19 @@ def assert_agree(setting: Setting, workload: str, dtype: torch.dtype, peer: Atte
         assert theirs <= factor * max(error, torch.finfo(dtype).eps / 2), f"tensor {index}"
 
 
+def size_of(setting: Setting) -> str:
+    """What stands for the model in a table."""
+    return f"{setting.sizes.attention_heads} heads of {HEAD_SIZE}"
+
+
+def name_rows(name: tuple[str, torch.dtype, float, str]) -> tuple[str, ...]:
+    """The row of the table of bars that a comparison answers."""
+    workload, dtype, dropout, title = name
+    if workload != "full-512" or not dropout or title != "padded SDPA":
+        return ()
+    return ("12",) if dtype == torch.bfloat16 else ("12 (fp32)",)
+
+
 def compare(
     benchmark: BenchmarkFixture,
     setting: Setting,
@@ -161,9 +175,10 @@ def compare(
     rows = make_rows(setting, int(cu[-1]), dtype)
     own, other = ours(cu, longest, dropout), peer(cu, longest, dropout)
     benchmark.group = f"attention {workload}, {dtype}, dropout {dropout}"
-    time_in_turn(
-        benchmark, setting, f"{benchmark.group}, {title}", step_of(own, rows), step_of(other, rows)
+    case = Case(
+        rows=name_rows(name), workload=workload, peer=title, dropout=dropout, model=size_of(setting)
     )
+    time_in_turn(benchmark, setting.at(dtype), case, step_of(own, rows), step_of(other, rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -178,7 +193,17 @@ def test_sdpa(
 ) -> None:
     if setting.device.type == "cuda" and dtype == torch.float32:
         pytest.skip("flash attention takes 16-bit dtypes only")
-    compare(benchmark, setting, (workload, dtype, dropout, "padded SDPA"), padded_sdpa)
+    name = (workload, dtype, dropout, "padded SDPA")
+    case = Case(
+        rows=name_rows(name),
+        workload=workload,
+        peer=name[3],
+        dropout=dropout,
+        model=size_of(setting),
+    )
+    if dtype == torch.bfloat16 and not setting.has_bf16:
+        skip(benchmark, setting.at(dtype), case, NO_BF16)
+    compare(benchmark, setting, name, padded_sdpa)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

@@ -7,109 +7,28 @@ masked words only where a peer does; the case `ours with SBO` shows what the sec
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import pytest
 import torch
+from peers import (
+    Step,
+    autocast,
+    make_model,
+    make_peer,
+    our_step,
+    padded,
+    peer_step,
+    step_of,
+    without_spans,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import Case, time_in_turn
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import BertConfig, BertForMaskedLM
-from workload import WORKLOADS, Setting, make_batch, places, relative_error, time_in_turn
+from workload import WORKLOADS, Setting, make_batch, places, relative_error
 
 from spanbert_fast import Model, use_backend
 from spanbert_fast.batch import PackedBatch
 
 PEERS = ("eager", "sdpa", "sdpa compiled", "sdpa masked", "sdpa masked compiled")
-Step = Callable[[], Tensor]
-
-
-def without_spans(batch: PackedBatch) -> PackedBatch:
-    """The same batch with MLM targets only: what a peer can learn."""
-    return dataclasses.replace(
-        batch,
-        sbo_left=batch.sbo_left[:0],
-        sbo_right=batch.sbo_right[:0],
-        sbo_cu=batch.sbo_cu[:1],
-        sbo_targets=batch.sbo_targets[:0],
-    )
-
-
-def padded(batch: PackedBatch) -> dict[str, Tensor]:
-    """The batch in Hugging Face's shapes; without padding there is no mask to slow a peer down."""
-    shape = (batch.num_sequences, batch.max_seqlen)
-    where = places(batch.cu_seqlens, batch.max_seqlen)
-    ids = torch.zeros(shape, dtype=torch.int64, device=where.device)
-    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    ids.view(-1)[where], mask.view(-1)[where] = batch.input_ids, 1
-    labels.view(-1)[where[batch.mlm_positions]] = batch.mlm_labels
-    inputs = {"input_ids": ids, "labels": labels}
-    return inputs if len(where) == ids.numel() else {**inputs, "attention_mask": mask}
-
-
-def make_model(setting: Setting, dropout: float) -> Model:
-    torch.manual_seed(0)
-    return Model(setting.config(dropout)).to(setting.device).train()
-
-
-def make_peer(model: Model, attention: str) -> BertForMaskedLM:
-    """Hugging Face's model with the weights of ours."""
-    names = BertConfig().to_dict().keys() - {"architectures", "transformers_version"}
-    values = {k: v for k, v in model.config.to_dict().items() if k in names}
-    peer = BertForMaskedLM._from_config(BertConfig(**values), attn_implementation=attention)
-    missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
-    assert not missing
-    assert all(name.startswith("cls.span_boundary.") for name in unexpected)
-    return peer.to(model.device).train()
-
-
-def autocast(setting: Setting) -> torch.autocast:
-    is_mixed = setting.dtype is not torch.float32
-    return torch.autocast(setting.device.type, setting.dtype, enabled=is_mixed)
-
-
-def step_of(setting: Setting, module: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Forward and backward, to fresh gradients; returns the loss, still on the device."""
-
-    def step() -> Tensor:
-        module.zero_grad(set_to_none=True)
-        with autocast(setting):
-            value = loss()
-        value.backward()
-        return value.detach()
-
-    return step
-
-
-def our_step(setting: Setting, model: Model, batch: PackedBatch) -> Step:
-    return step_of(setting, model, lambda: model.forward_packed(batch).loss)
-
-
-def masked_loss(peer: BertForMaskedLM, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Loss of the words that have a label, which alone meet the vocabulary."""
-    labels = inputs["labels"].flatten().index_select(0, rows)
-    others = {name: value for name, value in inputs.items() if name != "labels"}
-    hidden = peer.bert(**others).last_hidden_state.flatten(0, 1).index_select(0, rows)
-    return functional.cross_entropy(peer.cls(hidden).float(), labels)
-
-
-def peer_step(setting: Setting, model: Model, batch: PackedBatch, kind: str) -> Step:
-    """A step of the peer called `kind`."""
-    peer = make_peer(model, kind.split()[0])
-    inputs = padded(batch)
-    rows = places(batch.cu_seqlens, batch.max_seqlen).index_select(0, batch.mlm_positions)
-
-    def loss() -> Tensor:
-        if "masked" in kind:
-            return masked_loss(peer, rows, inputs)
-        value: Tensor = peer(**inputs).loss
-        return value
-
-    if "compiled" in kind:
-        torch._dynamo.reset()
-        loss = torch.compile(loss, backend=setting.sizes.compiler, dynamic=False)
-    return step_of(setting, peer, loss)
 
 
 def observed(module: nn.Module, loss: Tensor, hidden: Tensor) -> dict[str, Tensor]:
@@ -158,13 +77,13 @@ def workload(request: pytest.FixtureRequest, setting: Setting) -> tuple[str, Pac
 
 
 def compare(
-    benchmark: BenchmarkFixture, setting: Setting, name: str, ours: Step, peer: Step, dropout: float
+    benchmark: BenchmarkFixture, setting: Setting, case: Case, ours: Step, peer: Step
 ) -> None:
     """Times both, whose losses agree; dropout draws other bits on each side."""
     difference = relative_error(peer(), ours())
-    assert difference < (5e-2 if dropout else 5e-3), f"losses differ by {difference:.1%}"
-    benchmark.group = name.rsplit(",", 1)[0]
-    time_in_turn(benchmark, setting, name, ours, peer)
+    assert difference < (5e-2 if case.dropout else 5e-3), f"losses differ by {difference:.1%}"
+    benchmark.group = f"step {case.workload}, dropout {case.dropout}"
+    time_in_turn(benchmark, setting, case, ours, peer)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -179,8 +98,10 @@ def test_hugging_face(
     name, batch = workload[0], without_spans(workload[1])
     model = make_model(setting, dropout)
     peer = peer_step(setting, model, batch, kind)
-    title = f"step {name}, {setting.dtype}, dropout {dropout}, Hugging Face {kind}"
-    compare(benchmark, setting, title, our_step(setting, model, batch), peer, dropout)
+    case = Case(
+        workload=name, peer=f"Hugging Face {kind}", dropout=dropout, tokens=batch.num_tokens
+    )
+    compare(benchmark, setting, case, our_step(setting, model, batch), peer)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -196,8 +117,8 @@ def test_span_boundary_objective(
     words = our_step(setting, model, without_spans(batch))
     both = our_step(setting, model, batch)
     assert float(both()) > float(words())
-    title = f"step {name}, {setting.dtype}, dropout {dropout}, ours with SBO"
-    time_in_turn(benchmark, setting, title, words, both)
+    case = Case(workload=name, peer="ours with SBO", dropout=dropout, tokens=batch.num_tokens)
+    time_in_turn(benchmark, setting, case, words, both)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -222,5 +143,5 @@ def test_backend_torch(
 
         return run
 
-    title = f"step {name}, {setting.dtype}, dropout {dropout}, our torch backend"
-    compare(benchmark, setting, title, step("triton"), step("torch"), dropout=0.0)
+    case = Case(workload=name, peer="our torch backend", dropout=0.0, tokens=batch.num_tokens)
+    compare(benchmark, setting, case, step("triton"), step("torch"))

@@ -35,14 +35,70 @@ def run(*arguments: str) -> str:
 @pytest.mark.timeout(600)
 def test_every_benchmark_runs() -> None:
     options = ("--benchmark-disable", "-p", "no:cacheprovider")
-    # A compiled peer takes seconds, and takes the same lines with and without dropout.
-    selected = ("-k", "not (compiled and 0.0)")
+    # A compiled peer takes seconds, and takes the same lines on every workload.
+    selected = ("-k", "not (compiled and (0.0 or ragged))")
     output = run("-m", "pytest", "benchmarks", *options, *selected)
-    assert "step ragged-50" in output
-    assert "attention full-512" in output
+    rows = ("8c", "10a", "10b", "[7]", "[13 growth]", "[15b]", "[9b]")
+    for case in ("bench_step.py", "bench_attention.py", *rows):
+        assert case in output
     # What this machine lacks is told, not passed over.
     for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
         assert reason in output
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import check
+
+    return check
+
+
+def test_the_guard_sees_what_fell(check) -> None:
+    stored = {"1 | a": 2.0, "14a | b": 1.2, "6 (fp32) | c": 4.0}
+    assert check.worse(stored, {"1 | a": 1.71, "14a | b": 1.37, "6 (fp32) | c": 9.0}) == []
+    lines = check.worse(stored, {"1 | a": 1.69, "14a | b": 1.39})
+    assert len(lines) == 3
+    assert "is missing" in lines[2]
+
+
+def test_the_guard_refuses_another_class_of_machine(check, tmp_path: Path, capsys) -> None:
+    machine = dict.fromkeys(check.CLASS, "x")
+    path, baseline = tmp_path / "bench_x.json", tmp_path / "baseline.json"
+    record = check.Record(case="a", rows=("1",), ratio=2.0)
+    options = [str(tmp_path), "--baseline", str(baseline)]
+    save = sys.modules["records"].save
+    save(path, machine, [record])
+    assert check.main(options) == 2
+    assert check.main([*options, "--store"]) == check.main(options) == 0
+    save(path, machine, [dataclasses.replace(record, ratio=1.6)])
+    assert check.main(options) == 1
+    save(path, {**machine, "cpu_capability": "AVX2"}, [record])
+    capsys.readouterr()
+    assert check.main(options) == 2
+    assert "cpu_capability: x, here AVX2" in capsys.readouterr().out
+
+
+def test_the_table_says_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report, record = (importlib.import_module(name) for name in ("report", "records"))
+    figures = {"ours_seconds": 1.0, "peer_seconds": 2.0, "ratio_20": 1.9, "ratio_80": 2.1}
+    made = [
+        record.Record(case="a", rows=("1", "2 (fp32)"), ratio=2.0, command="run a", **figures),
+        record.Record(case="b", rows=("14a",), ratio=1.2, command="run b", **figures),
+        record.Record(case="c", rows=("5",), skipped="no bf16", command="run c"),
+        record.Record(case="d", rows=("11",), ratio=2.0, **figures),
+    ]
+    lines = {line.split("|")[1].strip(): line for line in report.bars_table(made).splitlines()}
+    assert "bar met" in lines["1"]
+    assert "bar met" in lines["14a"]
+    assert "**missed**" in lines["11"]
+    assert lines["2 (fp32)"].endswith("| - | - |  |")
+    assert "no bf16" in lines["5"]
+    assert "no case in this run" in lines["2"]
+    assert set(report.BARS) <= set(lines)
+    assert "1, 2 (fp32): run a" in report.commands(made)
+    assert report.judge(1.1, report.BARS["14a"]) == "aim met"
 
 
 @pytest.fixture
