@@ -1,0 +1,105 @@
+"""Memory of the data room in this process alone, in MiB above what imports took, as JSON.
+
+`prepare` makes shards of a text; `read` opens shards as a run does, with every check, and takes one
+epoch of masked steps. `peak` is the high-water mark of the process, in which pages of mapped shards
+count as long as they lie in the file cache; `own` is anonymous memory, seen after opening and after
+every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from process_memory import status_mib
+
+from spanbert_fast.data.loader import StepLoader
+from spanbert_fast.data.masking import SpanMasker
+from spanbert_fast.data.prepare import PrepareOptions, prepare
+from spanbert_fast.data.shards import TokenShards
+from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
+
+NUM_WORDS, SENTENCES = 20_000, 20
+COPIES = 8
+"""How often a document is written: shards that are large for the text that had to be tokenized."""
+TOKENS_PER_STEP = 16_384
+
+
+def write_text(path: Path, num_bytes: int) -> None:
+    """Documents of 20 sentences, a line each, of random words with the frequencies of Zipf."""
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    sizes = rng.integers(2, 11, NUM_WORDS)
+    words = [letters[rng.integers(0, 26, size)].tobytes().decode() for size in sizes]
+    shares = 1 / np.arange(2, NUM_WORDS + 2)
+    shares /= shares.sum()
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < num_bytes:
+            lengths = rng.integers(8, 31, SENTENCES)
+            drawn = iter(rng.choice(NUM_WORDS, lengths.sum(), p=shares).tolist())
+            lines = [" ".join(words[next(drawn)] for _ in range(n)) + " ." for n in lengths]
+            written += file.write("\n".join(lines) + "\n\n")
+
+
+def prepare_text(source: Path, output: Path, tokenizer: Path | None) -> int:
+    """Number of pieces in shards of the text, by one worker, which is this process.
+
+    Parts are a quarter of a MB, so that the smallest text already has several of them.
+    """
+    summary = prepare(
+        PrepareOptions(
+            input=(f"{source}:{COPIES}",),
+            output=output,
+            tokenizer=str(tokenizer) if tokenizer else None,
+            train_tokenizer=tokenizer is None,
+            vocab_size=2_000,
+            text_format="lines",
+            part_megabytes=0.25,
+            workers=1,
+        )
+    )
+    return summary.counts.train.tokens
+
+
+def read_epoch(folder: Path) -> float:
+    """The most anonymous memory while an epoch is read, in MiB."""
+    shards = TokenShards.open(folder)
+    specials = shards.manifest.special_token_ids
+    masker = SpanMasker(
+        word_starts(load_tokenizer(shards.tokenizer_directory)),
+        mask_token_id=specials["mask"],
+        special_token_ids=[specials[role] for role in ("pad", "cls", "sep", "mask")],
+        replacement_ids=shards.replacement_sample(),
+    )
+    most, blocks = status_mib("RssAnon"), 0
+    with StepLoader(
+        shards, "train", masker, seed=0, global_batch_tokens=TOKENS_PER_STEP, num_micro_batches=1
+    ) as loader:
+        while blocks < shards.num_blocks("train"):
+            blocks += len(next(loader).example_ids)
+            most = max(most, status_mib("RssAnon"))
+    return most
+
+
+def main() -> None:
+    """Does one of the two, and prints what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("prepare", "read"))
+    parser.add_argument("shards", type=Path, help="the folder that is written or read")
+    parser.add_argument("--source", type=Path, help="text to prepare")
+    parser.add_argument("--tokenizer", type=Path)
+    options = parser.parse_args()
+    before, own = status_mib("VmRSS"), status_mib("RssAnon")
+    found: dict[str, float] = {}
+    if options.what == "read":
+        found["own"] = read_epoch(options.shards) - own
+    else:
+        found["tokens"] = prepare_text(options.source, options.shards, options.tokenizer)
+    print(json.dumps({**found, "peak": status_mib("VmHWM") - before}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What is known of each curve before it is measured, and what a fit finds in its points.
+
+Fits are least squares of relative errors: a curve's points span decades, and the cheapest of them
+say what does not grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """How a curve is drawn and read."""
+
+    title: str
+    x: str
+    """Of the axis, with its unit."""
+    y: str
+    unit: str
+    """Of `y`, short."""
+    powers: tuple[int, ...] = (0, 1)
+    """The points are fitted by a sum of these powers of x."""
+    is_log: bool = True
+    """Axes are logarithmic."""
+
+
+CURVES = {
+    "tokens": Curve(
+        title="Step time grows with the number of tokens",
+        x="tokens in the batch, in sequences of one length",
+        y="forward and backward, seconds",
+        unit="s",
+    ),
+    "length": Curve(
+        title="Step time against length, one sequence",
+        x="tokens in the sequence",
+        y="forward and backward, seconds",
+        unit="s",
+        powers=(1, 2),
+    ),
+    "vocabulary": Curve(
+        title="The masked-word head against the vocabulary",
+        x="entries of the vocabulary",
+        y="forward and backward, seconds",
+        unit="s",
+    ),
+    "padding": Curve(
+        title="Speed against padding",
+        x="share of padding in a padded batch",
+        y="real tokens per second",
+        unit="tokens/s",
+        is_log=False,
+    ),
+    "memory": Curve(
+        title="Memory of a training step against the batch",
+        x="sequences in the batch, half of it padding if padded",
+        y="peak above model and batch, MiB",
+        unit="MiB",
+        is_log=False,
+    ),
+    "sampler": Curve(
+        title="Span masking against threads",
+        x="threads",
+        y="million tokens per second",
+        unit="million tokens/s",
+        is_log=False,
+    ),
+    "loader": Curve(
+        title="Memory of loader and sampler against the corpus",
+        x="million tokens in the shards",
+        y="above the imports, MiB",
+        unit="MiB",
+        is_log=False,
+    ),
+    "prepare": Curve(
+        title="Peak memory of `prepare` against the text",
+        x="text, MB",
+        y="above the imports, MiB",
+        unit="MiB",
+        is_log=False,
+    ),
+}
+
+
+class Fit(NamedTuple):
+    """Exponent of a power law, and the factors of the powers that a curve is made of."""
+
+    exponent: float | None
+    """Slope of log y against log x, over all points; None if an x is 0."""
+    upper_exponent: float | None
+    """The same for the upper half of the points."""
+    factors: tuple[float, ...]
+    """One for each of `powers`."""
+    error: float
+    """Root mean square of the relative errors of the sum of powers."""
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Of log y against log x."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if x.min() > 0 else None
+
+
+def fit(x: Sequence[float], y: Sequence[float], powers: Sequence[int]) -> Fit:
+    """The laws that go through the points best.
+
+    Raises:
+        ValueError: there are fewer than two different x, one is below 0, or a y is not above 0.
+    """
+    if len(x) != len(y) or len(set(x)) < 2:
+        raise ValueError(f"x is {list(x)}, y is {list(y)}: must be pairs with at least two x")
+    if min(x) < 0 or min(y) <= 0:
+        raise ValueError(f"x is {list(x)}, y is {list(y)}: x must be at least 0, y above 0")
+    order = np.argsort(x)
+    at, cost = np.array(x, float)[order], np.array(y, float)[order]
+    half = min(len(at) // 2, len(at) - 2)
+    basis = np.stack([at**power for power in powers], axis=1) / cost[:, None]
+    scale = np.abs(basis).max(axis=0)
+    factors = np.linalg.lstsq(basis / scale, np.ones(len(at)), rcond=None)[0] / scale
+    error = float(np.sqrt(np.mean((basis @ factors - 1) ** 2)))
+    return Fit(slope(at, cost), slope(at[half:], cost[half:]), tuple(factors.tolist()), error)
+
+
+class Series(NamedTuple):
+    """The points of one line of a curve, by x."""
+
+    curve: str
+    name: str
+    x: list[float]
+    y: list[float]
+    model: str
+
+
+def series_of(records: Sequence[Record]) -> list[Series]:
+    """All lines of a run, in the order of `CURVES` and of measurement.
+
+    Raises:
+        ValueError: a record belongs to a curve that nobody described.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    models: dict[str, str] = {}
+    for record in records:
+        if record.curve is None:
+            continue
+        if record.curve not in CURVES:
+            known = ", ".join(CURVES)
+            raise ValueError(f"curve is {record.curve!r} in {record.case}, must be one of {known}")
+        assert record.series is not None
+        assert record.x is not None
+        assert record.y is not None
+        found.setdefault((record.curve, record.series), []).append((record.x, record.y))
+        models[record.curve] = models.get(record.curve) or record.model
+    lines = [
+        Series(curve, name, *map(list, zip(*sorted(points), strict=True)), models[curve])
+        for (curve, name), points in found.items()
+    ]
+    return sorted(lines, key=lambda line: list(CURVES).index(line.curve))
