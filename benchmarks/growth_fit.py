@@ -127,23 +127,23 @@ def fit(x: Sequence[float], y: Sequence[float], powers: Sequence[int]) -> Fit:
 
 
 class Series(NamedTuple):
-    """The points of one line of a curve, by x."""
+    """A line of a curve: its points by x, and what fits them."""
 
     curve: str
     name: str
     x: list[float]
     y: list[float]
+    fit: Fit
     model: str
 
 
 def series_of(records: Sequence[Record]) -> list[Series]:
-    """All lines of a run, in the order of `CURVES` and of measurement.
+    """All lines of a run, in the order of `CURVES` and of measurement; one point is no line.
 
     Raises:
         ValueError: a record belongs to a curve that nobody described.
     """
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    models: dict[str, str] = {}
+    found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.curve is None:
             continue
@@ -151,12 +151,38 @@ def series_of(records: Sequence[Record]) -> list[Series]:
             known = ", ".join(CURVES)
             raise ValueError(f"curve is {record.curve!r} in {record.case}, must be one of {known}")
         assert record.series is not None
-        assert record.x is not None
-        assert record.y is not None
-        found.setdefault((record.curve, record.series), []).append((record.x, record.y))
-        models[record.curve] = models.get(record.curve) or record.model
-    lines = [
-        Series(curve, name, *map(list, zip(*sorted(points), strict=True)), models[curve])
-        for (curve, name), points in found.items()
-    ]
+        found.setdefault((record.curve, record.series), []).append(record)
+    lines = []
+    for (curve, name), points in found.items():
+        x, y = (list(v) for v in zip(*sorted((p.x, p.y) for p in points), strict=True))
+        if len(set(x)) > 1:
+            law = fit(x, y, CURVES[curve].powers)
+            lines.append(Series(curve, name, x, y, law, points[0].model))
     return sorted(lines, key=lambda line: list(CURVES).index(line.curve))
+
+
+def finding(lines: Sequence[Series]) -> str:
+    """What the lines of one curve say, in a sentence; the first of them is ours."""
+    ours, peer = lines[0], next((line for line in lines if "Hugging Face" in line.name), None)
+    x, y, law = ours.x, ours.y, ours.fit
+    times = f"{x[-1] / x[0]:,.0f} times" if x[0] else ""
+    if ours.curve == "tokens":
+        return f"{times} the tokens take {y[-1] / y[0]:,.1f} times the time"
+    if ours.curve == "length":
+        linear, square = law.factors
+        if linear <= 0 or square <= 0:
+            return "no square is seen in the cost of a sequence of this length"
+        return f"attention costs as much as all the rest at {linear / square:,.0f} tokens"
+    if ours.curve == "sampler":
+        return f"{x[-1]:g} threads mask {y[-1] / y[0]:.2f} times as much as {x[0]:g}"
+    if ours.curve in ("loader", "prepare"):
+        what = "corpus" if ours.curve == "loader" else "text"
+        return f"{times} the {what} takes {y[-1] - y[0]:+,.1f} MiB"
+    if peer is None:
+        return f"{y[0]:,.3g} to {y[-1]:,.3g} {CURVES[ours.curve].unit}"
+    if ours.curve == "padding":
+        ratio = y[-1] / peer.y[-1]
+        return f"at {x[-1]:.0%} padding ours is {ratio:.1f} times as fast as {peer.name}"
+    ratio = peer.fit.factors[1] / law.factors[1]
+    what = "entry of the vocabulary" if ours.curve == "vocabulary" else "sequence"
+    return f"a further {what} costs {peer.name} {ratio:.1f} times what it costs ours"

@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import growth_table
 from bars import BARS, Bar
+from plot import draw
 from records import Record, load
 
 HERE = Path(__file__).resolve().parent
@@ -66,7 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     machine, records = load(options.folder)
     text = table(machine, records)
-    print(text)
+    growth = growth_table.write(options.folder, records)
+    print(text, growth, sep="\n")
     (options.folder / "table.md").write_text(text, encoding="utf-8")
     with (options.folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Record)])
@@ -77,8 +80,9 @@ def main() -> None:
         before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        growth_table.commit(growth, draw(options.folder, HERE / "plots"))
         (HERE / "results").mkdir(exist_ok=True)
-        for path in (*options.folder.glob("bench_*.json"), options.folder / "records.csv"):
+        for path in (*options.folder.glob("bench_*.json"), *options.folder.glob("*.csv")):
             shutil.copy(path, HERE / "results")
 
 

@@ -38,7 +38,15 @@ def test_every_benchmark_runs() -> None:
     # A compiled peer takes seconds, and takes the same lines with and without dropout.
     selected = ("-k", "not (compiled and 0.0)")
     output = run("-m", "pytest", "benchmarks", *options, *selected)
-    for case in ("bench_step.py", "bench_attention.py", "[7]", "[13 growth]", "[15b]", "[9b]"):
+    for case in (
+        "bench_step.py",
+        "bench_attention.py",
+        "bench_growth.py",
+        "[7]",
+        "[13 growth]",
+        "[15b]",
+        "[9b]",
+    ):
         assert case in output
     # What this machine lacks is told, not passed over.
     for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
