@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
-    MaxNLocator,
     NullFormatter,
+    NullLocator,
     PercentFormatter,
 )
 from records import Record, load
@@ -29,7 +29,7 @@ from records import Record, load
 OURS, PEER, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#555555"
 MARKERS = {OURS: "o", PEER: "s", THIRD: "^", FOURTH: "D"}
-WIDTH, HEIGHT, DPI = 8.0, 5.0, 100
+WIDTH, HEIGHT, DPI = 9.0, 5.0, 100
 TASKS = {"training": "step", "inference": "encode", "memory": "memory of a step"}
 OTHER = "single operations and the sampler"
 
@@ -66,7 +66,7 @@ def new_figure(height: float, title: str, below: str) -> Figure:
     """An empty figure with a title above and the machine below."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color=GREY)
     return figure
 
@@ -158,42 +158,50 @@ def color_of(line: Series, place: int) -> str:
 def curve_figure(lines: Sequence[Series], below: str) -> Figure:
     """The lines of one curve; the title says what they show, the legend their exponents."""
     curve = CURVES[lines[0].curve]
-    said = finding(lines)
     model = f"model {lines[0].model}; " if lines[0].model else ""
-    figure = new_figure(HEIGHT, f"{curve.title}:\n{said}", model + below)
+    figure = new_figure(HEIGHT, f"{curve.title}:\n{finding(lines)}", model + below)
     axis = figure.subplots()
     own = 0
     for line in lines:
         color = color_of(line, own)
         own += color != PEER
-        law = line.fit.upper_exponent
-        name = line.name if law is None or not curve.is_log else f"{line.name} (slope {law:.2f})"
+        slope = line.fit.upper_exponent
+        name = line.name if curve.logarithmic != "xy" else f"{line.name} (slope {slope:.2f})"
         style = "-" if own <= 1 or color == PEER else "--"
         axis.plot(line.x, line.y, style, marker=MARKERS[color], color=color, label=name)
     axis.set(xlabel=curve.x, ylabel=curve.y)
-    scale(axis, lines, is_log=curve.is_log)
+    scale(axis, lines)
     tidy(axis, "both")
     if len(lines) > 1:
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
     return figure
 
 
-def scale(axis: Axes, lines: Sequence[Series], *, is_log: bool) -> None:
-    """Logarithmic axes with a tick at each point; else from 0, so that flat looks flat."""
-    plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
-    if not is_log:
-        axis.set_ylim(0, 1.1 * max(max(line.y) for line in lines))
-        axis.yaxis.set_major_formatter(plain)
-        if lines[0].curve == "padding":
-            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        elif lines[0].curve == "sampler":
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return
-    axis.set(xscale="log", yscale="log")
-    axis.set_xticks(lines[0].x)
-    axis.xaxis.set_major_formatter(plain)
-    axis.xaxis.set_minor_formatter(NullFormatter())
+def number(value: float, _place: int) -> str:
+    """The name of a tick."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def scale(axis: Axes, lines: Sequence[Series]) -> None:
+    """Logarithmic axes with a tick at each point; others from 0, so that flat looks flat."""
+    curve, plain = lines[0].curve, FuncFormatter(number)
     axis.minorticks_off()
+    if "x" in CURVES[curve].logarithmic:
+        axis.set_xscale("log")
+        axis.set_xticks(lines[0].x)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(plain)
+    elif curve == "padding":
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    else:
+        axis.set_xticks(lines[0].x)
+    if "y" in CURVES[curve].logarithmic:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.set_ylim(0, 1.1 * max(max(line.y) for line in lines))
     axis.yaxis.set_major_formatter(plain)
 
 
