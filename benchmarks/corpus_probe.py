@@ -2,8 +2,8 @@
 
 `prepare` makes shards of a text; `read` opens shards as a run does, with every check, and takes one
 epoch of masked steps. `peak` is the high-water mark of the process, in which pages of mapped shards
-count as long as they lie in the file cache; `own` is anonymous memory, seen after opening and after
-every step.
+count as long as they lie in the file cache; `own` is the most anonymous memory, seen after every
+part of a text and every step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
 NUM_WORDS, SENTENCES = 20_000, 20
 COPIES = 8
 """How often a document is written: shards that are large for the text that had to be tokenized."""
+PART_MEGABYTES, ROWS_PER_FILE = 0.1, 512
 TOKENS_PER_STEP = 16_384
 
 
@@ -44,11 +45,13 @@ def write_text(path: Path, num_bytes: int) -> None:
             written += file.write("\n".join(lines) + "\n\n")
 
 
-def prepare_text(source: Path, output: Path, tokenizer: Path | None) -> int:
-    """Number of pieces in shards of the text, by one worker, which is this process.
+def prepare_text(source: Path, output: Path, tokenizer: Path | None) -> tuple[int, float]:
+    """Number of pieces in shards of the text, and the most anonymous memory, in MiB.
 
-    Parts are a quarter of a MB, so that the smallest text already has several of them.
+    One worker, which is this process. A run holds a part of the text and a shard at a time; both
+    are smaller than by default, so that the smallest text already has several of them.
     """
+    seen: list[float] = []
     summary = prepare(
         PrepareOptions(
             input=(f"{source}:{COPIES}",),
@@ -57,11 +60,13 @@ def prepare_text(source: Path, output: Path, tokenizer: Path | None) -> int:
             train_tokenizer=tokenizer is None,
             vocab_size=2_000,
             text_format="lines",
-            part_megabytes=0.25,
+            part_megabytes=PART_MEGABYTES,
+            rows_per_file=ROWS_PER_FILE,
             workers=1,
-        )
+        ),
+        on_event=lambda _: seen.append(status_mib("RssAnon")),
     )
-    return summary.counts.train.tokens
+    return summary.counts.train.tokens, max(seen)
 
 
 def read_epoch(folder: Path) -> float:
@@ -93,12 +98,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     options = parser.parse_args()
     before, own = status_mib("VmRSS"), status_mib("RssAnon")
-    found: dict[str, float] = {}
+    tokens = 0
     if options.what == "read":
-        found["own"] = read_epoch(options.shards) - own
+        most = read_epoch(options.shards)
     else:
-        found["tokens"] = prepare_text(options.source, options.shards, options.tokenizer)
-    print(json.dumps({**found, "peak": status_mib("VmHWM") - before}))
+        tokens, most = prepare_text(options.source, options.shards, options.tokenizer)
+    print(json.dumps({"tokens": tokens, "own": most - own, "peak": status_mib("VmHWM") - before}))
 
 
 if __name__ == "__main__":

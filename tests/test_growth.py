@@ -64,8 +64,8 @@ def records(load) -> list:
         *points("memory", f"{peer}, padded", lambda x: 90.0 * x, 4, 8, 16),
         *points("sampler", "SpanMasker", lambda x: 100 * x**0.9, 1, 2, 4),
         *points("loader", "memory of its own", lambda x: 30 + 0.1 * x, 1, 4, 16),
-        *points("loader", "with mapped pages of the shards", lambda x: 50 + 2 * x, 1, 4, 16),
-        *points("prepare", "prepare, one worker", lambda x: 55.0, 1, 4, 16),
+        *points("loader", "with mapped files", lambda x: 50 + 2 * x, 1, 4, 16),
+        *points("prepare", "memory of its own", lambda x: 55.0, 1, 4, 16),
     ]
 
 
