@@ -10,31 +10,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from corpus_probe import prepare_text, write_text
+from growth_timing import medians
 from peers import Step, make_peer, our_step, padded, peer_step, step_of, without_spans
 from pytest_benchmark.fixture import BenchmarkFixture
 from records import Record
 from timing import NAMES, name_of
 from torch import Tensor, nn
 from torch.nn import functional
-from workload import Setting, make_batch_of, relative_error
+from workload import Setting, make_batch_of
 
 from spanbert_fast import Config, Model, ops
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.manifest import TOKENIZER_FOLDER
 from spanbert_fast.model.heads import combine_losses
 
-NUM_LAYERS, MAX_ROUNDS, MOST_SECONDS = 2, 7, 3.0
+NUM_LAYERS = 2
 OURS, PEER = "ours", "Hugging Face sdpa"
+BEST = "Hugging Face sdpa, labelled words decoded"
 PROBE = Path(__file__).with_name("corpus_probe.py")
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads /proc/self/status"
@@ -52,46 +52,17 @@ class Point:
     """If given, the curve shows tokens per second."""
 
 
-def timed(setting: Setting, step: Step) -> tuple[float, Tensor]:
-    """Seconds of a call, and what it returned.
-
-    One thread of a CPU is timed by the seconds it worked: neighbours on the machine, who would bend
-    a curve of single calls, take no part in them.
-    """
-    is_alone = setting.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if is_alone else time.perf_counter
-    begun = clock()
-    value = step()
-    setting.synchronize()
-    return clock() - begun, value
-
-
-def medians(setting: Setting, steps: dict[str, Step]) -> dict[str, float]:
-    """Seconds of each step, all called in turn after a first call, whose losses agree.
-
-    Where the first call of one takes seconds it stands for all: nothing in it is warmed up.
-    """
-    first = {name: timed(setting, step) for name, step in steps.items()}
-    losses = [value for _, value in first.values()]
-    bound = 5e-3 if setting.dtype.itemsize == 2 else 1e-4
-    for loss in losses:
-        assert loss.isfinite().all()
-        assert relative_error(loss, losses[0]) < bound, losses
-    slowest = max(seconds for seconds, _ in first.values())
-    if slowest > MOST_SECONDS or setting.is_smoke:
-        return {name: seconds for name, (seconds, _) in first.items()}
-    rounds = min(MAX_ROUNDS, 1 + int(MOST_SECONDS / slowest))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            seconds[name].append(timed(setting, step)[0])
-    return {name: float(np.median(found)) for name, found in seconds.items()}
-
-
-def record(benchmark: BenchmarkFixture, setting: Setting, series: str, x: float, y: float) -> None:
+def record(
+    benchmark: BenchmarkFixture,
+    setting: Setting,
+    series: str,
+    x: float,
+    y: float,
+    *,
+    model: str = "",
+) -> None:
     """Keeps a point; the curve is named like the test."""
     curve = name_of(benchmark).split("::test_")[1]
-    model = f"{layers_of(setting)} x {setting.sizes.hidden_size}"
     setting.records.append(
         Record(
             case=f"{name_of(benchmark)}, {series}, {x:g}",
@@ -121,8 +92,9 @@ def run(
                 seconds |= extra(point, seconds)
             for name, value in seconds.items():
                 y = point.tokens / value if point.tokens else value
-                record(benchmark, setting, name, point.x, y)
+                record(benchmark, setting, name, point.x, y, model=model)
 
+    model = f"{layers_of(setting)} x {setting.sizes.hidden_size}, {NAMES[setting.dtype]}"
     benchmark.pedantic(measure, rounds=1)
 
 
@@ -139,12 +111,13 @@ def make_model(setting: Setting, max_length: int = 512, vocab_size: int | None =
     return Model(Config(**values)).to(setting.device).train()
 
 
-def both(setting: Setting, lengths: list[int]) -> tuple[dict[str, Step], PackedBatch]:
-    """A step of ours and of Hugging Face's, padded, on the same words."""
+def all_sides(setting: Setting, lengths: list[int]) -> tuple[dict[str, Step], PackedBatch]:
+    """A step of ours and of Hugging Face's, as it comes and at its best, on the same words."""
     batch = without_spans(make_batch_of(setting, lengths))
     model = make_model(setting, max(lengths))
-    ours, peer = our_step(setting, model, batch), peer_step(setting, model, batch, "sdpa")
-    return {OURS: ours, PEER: peer}, batch
+    peers = {PEER: "sdpa", BEST: "sdpa masked"}
+    steps = {name: peer_step(setting, model, batch, kind) for name, kind in peers.items()}
+    return {OURS: our_step(setting, model, batch), **steps}, batch
 
 
 def test_tokens(benchmark: BenchmarkFixture, setting: Setting) -> None:
@@ -153,7 +126,7 @@ def test_tokens(benchmark: BenchmarkFixture, setting: Setting) -> None:
 
     def points() -> Iterator[Point]:
         for count in counts:
-            steps, batch = both(setting, [length] * count)
+            steps, batch = all_sides(setting, [length] * count)
             yield Point(x=batch.num_tokens, steps=steps)
 
     run(benchmark, setting, points())
@@ -166,7 +139,7 @@ def test_length(benchmark: BenchmarkFixture, setting: Setting) -> None:
 
     def points() -> Iterator[Point]:
         for length in lengths:
-            yield Point(x=length, steps=both(setting, [length])[0])
+            yield Point(x=length, steps=all_sides(setting, [length])[0])
 
     def split(point: Point, seconds: dict[str, float]) -> dict[str, float]:
         step = attention_step(setting, int(point.x))
@@ -237,7 +210,7 @@ def test_padding(benchmark: BenchmarkFixture, setting: Setting) -> None:
         for share in shares:
             other = round(length * (1 - share * 8 / 7))
             lengths = [length, *[other] * 7]
-            steps, batch = both(setting, lengths)
+            steps, batch = all_sides(setting, lengths)
             padding = 1 - sum(lengths) / (8 * length)
             yield Point(x=padding, steps=steps, tokens=batch.num_tokens)
 

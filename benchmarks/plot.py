@@ -26,9 +26,9 @@ from matplotlib.ticker import (
 from records import Record, load
 
 # Okabe and Ito's colours: apart from each other for every kind of colour vision.
-OURS, PEER, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+OURS, PEER, LIGHT, THIRD, FOURTH = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"
 GREY = "#555555"
-MARKERS = {OURS: "o", PEER: "s", THIRD: "^", FOURTH: "D"}
+MARKERS = {OURS: "o", PEER: "s", LIGHT: "v", THIRD: "^", FOURTH: "D"}
 WIDTH, HEIGHT, DPI = 9.0, 5.0, 100
 TASKS = {"training": "step", "inference": "encode", "memory": "memory of a step"}
 OTHER = "single operations and the sampler"
@@ -148,11 +148,10 @@ def draw_bars(axis: Axes, name: str, records: Sequence[Record]) -> None:
 # Growth.
 
 
-def color_of(line: Series, place: int) -> str:
-    """Ours and the peer have the same colour in every picture."""
-    if "Hugging Face" in line.name:
-        return PEER
-    return (OURS, THIRD, FOURTH)[min(place, 2)]
+def colors(lines: Sequence[Series]) -> list[str]:
+    """One for each line; ours and the peer have the same in every picture."""
+    own, peers = iter((OURS, THIRD, FOURTH)), iter((PEER, LIGHT))
+    return [next(peers if "Hugging Face" in line.name else own) for line in lines]
 
 
 def curve_figure(lines: Sequence[Series], below: str) -> Figure:
@@ -161,13 +160,10 @@ def curve_figure(lines: Sequence[Series], below: str) -> Figure:
     model = f"model {lines[0].model}; " if lines[0].model else ""
     figure = new_figure(HEIGHT, f"{curve.title}:\n{finding(lines)}", model + below)
     axis = figure.subplots()
-    own = 0
-    for line in lines:
-        color = color_of(line, own)
-        own += color != PEER
+    for line, color in zip(lines, colors(lines), strict=True):
         slope = line.fit.upper_exponent
         name = line.name if curve.logarithmic != "xy" else f"{line.name} (slope {slope:.2f})"
-        style = "-" if own <= 1 or color == PEER else "--"
+        style = "-" if color in (OURS, PEER) else "--"
         axis.plot(line.x, line.y, style, marker=MARKERS[color], color=color, label=name)
     axis.set(xlabel=curve.x, ylabel=curve.y)
     scale(axis, lines)
