@@ -120,6 +120,20 @@ def test_the_table_says_what_grows(load, records, tmp_path: Path) -> None:
     assert float(rows["sampler", "SpanMasker"]["exponent"]) == pytest.approx(0.9)
 
 
+def test_the_report_prints_slopes_too(load, records, tmp_path: Path, monkeypatch, capsys) -> None:
+    load("records").save(tmp_path / "bench_x.json", MACHINE, records)
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    load("report").main()
+    assert "| tokens | ours | 256 to 2,048 |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench_x.json",
+        "growth.csv",
+        "growth.md",
+        "records.csv",
+        "table.md",
+    }
+
+
 def test_every_picture_is_drawn(load, records, tmp_path: Path) -> None:
     plot = load("plot")
     load("records").save(tmp_path / "bench_x.json", MACHINE, records)
