@@ -7,8 +7,8 @@ CONFORMANCE := $(patsubst transformers==%,build/conformance/%,$(filter transform
 CORE_SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench bench-smoke bench-check lint format wheel sanitize kill-test test-tensorflow verify-export conformance verify-kernels \
-        kernel-report lock clean
+.PHONY: demo test bench bench-smoke bench-check lint format wheel sanitize kill-test test-tensorflow \
+        verify-export conformance verify-kernels kernel-report lock clean
 
 demo: $(VENV)/runtime $(VENV)/core
 	$(BIN)/python examples/demo.py --output demo_output

@@ -33,7 +33,7 @@ def test_pretraining(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    num_steps = 20 if setting.is_smoke else 200
+    num_steps = WARMUP + 3 if setting.is_smoke else 200
     data = tmp_path / "data"
     prepare(
         PrepareOptions(

@@ -35,8 +35,8 @@ def run(*arguments: str) -> str:
 @pytest.mark.timeout(600)
 def test_every_benchmark_runs() -> None:
     options = ("--benchmark-disable", "-p", "no:cacheprovider")
-    # A compiled peer takes seconds, and takes the same lines with and without dropout.
-    selected = ("-k", "not (compiled and 0.0)")
+    # A compiled peer takes seconds, and takes the same lines on every workload.
+    selected = ("-k", "not (compiled and (0.0 or ragged))")
     output = run("-m", "pytest", "benchmarks", *options, *selected)
     for case in (
         "bench_step.py",
