@@ -10,7 +10,7 @@ from peers import Step
 from torch import Tensor
 from workload import Setting, relative_error
 
-MAX_ROUNDS, MOST_SECONDS = 7, 3.0
+MAX_ROUNDS, MOST_SECONDS = 7, 2.0
 
 
 def timed(setting: Setting, step: Step) -> tuple[float, Tensor]:
