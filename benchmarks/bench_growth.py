@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from corpus_probe import prepare_text, write_text
+from growth_fit import ATTENTION, REST
 from growth_timing import medians
 from peers import Step, make_peer, our_step, padded, peer_step, step_of, without_spans
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -145,7 +146,7 @@ def test_length(benchmark: BenchmarkFixture, setting: Setting) -> None:
         step = attention_step(setting, int(point.x))
         alone = medians(setting, {"": step})[""] * layers_of(setting)
         rest = max(seconds[OURS] - alone, 1e-9)
-        return {"ours, attention alone": alone, "ours, all but attention": rest}
+        return {ATTENTION: alone, REST: rest}
 
     run(benchmark, setting, points(), split)
 

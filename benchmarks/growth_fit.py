@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 from records import Record
+
+ATTENTION, REST = "ours, attention alone", "ours, all but attention"
+"""Parts of a step that `bench_growth` takes apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class Curve:
     """Of `y`, short."""
     powers: tuple[int, ...] = (0, 1)
     """The points are fitted by a sum of these powers of x."""
+    is_cost: bool = True
+    """No term of the sum is below 0."""
     logarithmic: str = "xy"
     """Axes that are."""
 
@@ -42,7 +48,7 @@ CURVES = {
         x="tokens in the sequence",
         y="forward and backward, seconds",
         unit="s",
-        powers=(1, 2),
+        powers=(0, 1, 2),
     ),
     "vocabulary": Curve(
         title="The masked-word head against the vocabulary",
@@ -55,6 +61,7 @@ CURVES = {
         x="share of padding in a padded batch",
         y="real tokens per second",
         unit="tokens/s",
+        is_cost=False,
         logarithmic="",
     ),
     "memory": Curve(
@@ -101,12 +108,7 @@ class Fit(NamedTuple):
     """Root mean square of the relative errors of the sum of powers."""
 
 
-def slope(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Of log y against log x."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if x.min() > 0 else None
-
-
-def fit(x: Sequence[float], y: Sequence[float], powers: Sequence[int]) -> Fit:
+def fit(x: Sequence[float], y: Sequence[float], curve: Curve) -> Fit:
     """The laws that go through the points best.
 
     Raises:
@@ -119,11 +121,35 @@ def fit(x: Sequence[float], y: Sequence[float], powers: Sequence[int]) -> Fit:
     order = np.argsort(x)
     at, cost = np.array(x, float)[order], np.array(y, float)[order]
     half = min(len(at) // 2, len(at) - 2)
-    basis = np.stack([at**power for power in powers], axis=1) / cost[:, None]
+    exponents = [
+        float(np.polyfit(np.log(at[start:]), np.log(cost[start:]), 1)[0]) if at[0] else None
+        for start in (0, half)
+    ]
+    return Fit(*exponents, *fit_sum(at, cost, curve))
+
+
+def fit_sum(x: np.ndarray, y: np.ndarray, curve: Curve) -> tuple[tuple[float, ...], float]:
+    """Factors of the powers, and the root mean square of the relative errors.
+
+    Of all sums of some of the powers the best one is taken whose terms a cost may have.
+    """
+    basis = np.stack([x**power for power in curve.powers], axis=1) / y[:, None]
     scale = np.abs(basis).max(axis=0)
-    factors = np.linalg.lstsq(basis / scale, np.ones(len(at)), rcond=None)[0] / scale
-    error = float(np.sqrt(np.mean((basis @ factors - 1) ** 2)))
-    return Fit(slope(at, cost), slope(at[half:], cost[half:]), tuple(factors.tolist()), error)
+    best: tuple[tuple[float, ...], float] = ((0.0,) * len(scale), float("inf"))
+    for number in range(1, len(scale) + 1):
+        for some in map(list, combinations(range(len(scale)), number)):
+            found = np.linalg.lstsq(basis[:, some] / scale[some], np.ones(len(x)), rcond=None)[0]
+            factors = np.zeros(len(scale))
+            factors[some] = found / scale[some]
+            error = float(np.sqrt(np.mean((basis @ factors - 1) ** 2)))
+            if error < best[1] and not (curve.is_cost and factors.min() < 0):
+                best = tuple(factors.tolist()), error
+    return best
+
+
+def number(value: float) -> str:
+    """A figure of a table or of an axis."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 class Series(NamedTuple):
@@ -156,7 +182,7 @@ def series_of(records: Sequence[Record]) -> list[Series]:
     for (curve, name), points in found.items():
         x, y = (list(v) for v in zip(*sorted((p.x, p.y) for p in points), strict=True))
         if len(set(x)) > 1:
-            law = fit(x, y, CURVES[curve].powers)
+            law = fit(x, y, CURVES[curve])
             lines.append(Series(curve, name, x, y, law, points[0].model))
     return sorted(lines, key=lambda line: list(CURVES).index(line.curve))
 
@@ -172,20 +198,34 @@ def finding(lines: Sequence[Series]) -> str:
     if ours.curve == "tokens":
         return f"{times} the tokens take {y[-1] / y[0]:,.1f} times the time"
     if ours.curve == "length":
-        linear, square = law.factors
-        if linear <= 0 or square <= 0:
-            return "no square is seen in the cost of a sequence of this length"
-        return f"attention costs as much as all the rest at {linear / square:,.0f} tokens"
+        return meeting(lines)
     if ours.curve == "sampler":
         return f"{x[-1]:g} threads mask {y[-1] / y[0]:.2f} times as much as {x[0]:g}"
     if ours.curve in ("loader", "prepare"):
         what = "corpus" if ours.curve == "loader" else "text"
-        return f"{times} the {what} takes {y[-1] - y[0]:+,.1f} MiB"
+        sign = "more" if y[-1] >= y[0] else "less"
+        return f"{times} the {what} takes {abs(y[-1] - y[0]):,.1f} MiB {sign}"
     if not peers:
-        return f"{y[0]:,.3g} to {y[-1]:,.3g} {CURVES[ours.curve].unit}"
+        return f"{number(y[0])} to {number(y[-1])} {CURVES[ours.curve].unit}"
     if ours.curve == "padding":
         ratio = y[-1] / max(peer.y[-1] for peer in peers)
         return f"at {x[-1]:.0%} padding ours is {ratio:.1f} times as fast as Hugging Face"
-    ratio = peers[0].fit.factors[1] / law.factors[1]
+    ratio = min(peer.fit.factors[1] for peer in peers) / law.factors[1]
     what = "entry of the vocabulary" if ours.curve == "vocabulary" else "sequence"
     return f"a further {what} costs Hugging Face {ratio:.1f} times what it costs ours"
+
+
+def meeting(lines: Sequence[Series]) -> str:
+    """Where attention costs as much as the rest of the step, between two points."""
+    by_name = {line.name: line for line in lines}
+    alone, rest = by_name.get(ATTENTION), by_name.get(REST)
+    if alone is None or rest is None or alone.x != rest.x:
+        return f"{number(lines[0].y[0])} to {number(lines[0].y[-1])} s"
+    lead = np.log(np.array(alone.y) / np.array(rest.y))
+    above = np.flatnonzero(lead > 0)
+    if len(above) == 0 or above[0] == 0:
+        side = "below" if len(above) == 0 else "above"
+        return f"attention stays {side} all the rest"
+    pair = slice(above[0] - 1, above[0] + 1)
+    place = np.exp(np.interp(0, lead[pair], np.log(alone.x[pair])))
+    return f"attention costs as much as all the rest at {float(f'{place:.2g}'):,.0f} tokens"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from growth_fit import CURVES, Series, finding, series_of
+from growth_fit import CURVES, Series, finding, number, series_of
 from records import Record
 
 HERE = Path(__file__).resolve().parent
@@ -22,14 +22,15 @@ NAMES = {0: "", 1: " x", 2: " x²"}
 def law(line: Series) -> str:
     """The sum of powers that fits the points."""
     terms = zip(line.fit.factors, CURVES[line.curve].powers, strict=True)
-    return " + ".join(f"{factor:.3g}{NAMES[power]}" for factor, power in terms).replace("+ -", "- ")
+    shown = [f"{factor:.3g}{NAMES[power]}" for factor, power in terms if factor]
+    return " + ".join(shown).replace("+ -", "- ")
 
 
 def cells(line: Series) -> str:
     """One line of the table."""
     exponents = (line.fit.exponent, line.fit.upper_exponent)
     shown = " / ".join("-" if e is None else f"{e:.2f}" for e in exponents)
-    x, y = (f"{v[0]:,.4g} to {v[-1]:,.4g}" for v in (line.x, line.y))
+    x, y = (f"{number(v[0])} to {number(v[-1])}" for v in (line.x, line.y))
     unit = CURVES[line.curve].unit
     return (
         f"| {line.curve} | {line.name} | {x} | {y} {unit} | {shown} | {law(line)} "

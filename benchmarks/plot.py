@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bars import BARS
-from growth_fit import CURVES, Series, finding, series_of
+from growth_fit import CURVES, Series, finding, number, series_of
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -173,14 +173,9 @@ def curve_figure(lines: Sequence[Series], below: str) -> Figure:
     return figure
 
 
-def number(value: float, _place: int) -> str:
-    """The name of a tick."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def scale(axis: Axes, lines: Sequence[Series]) -> None:
     """Logarithmic axes with a tick at each point; others from 0, so that flat looks flat."""
-    curve, plain = lines[0].curve, FuncFormatter(number)
+    curve, plain = lines[0].curve, FuncFormatter(lambda value, _: number(value))
     axis.minorticks_off()
     if "x" in CURVES[curve].logarithmic:
         axis.set_xscale("log")

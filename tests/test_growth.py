@@ -71,20 +71,32 @@ def records(load) -> list:
 
 def test_fit_finds_the_law_of_its_points(load) -> None:
     growth_fit = load("growth_fit")
+    whole, line, speed = (growth_fit.CURVES[name] for name in ("length", "tokens", "padding"))
     x = [64.0 * 2**shift for shift in range(8)]
-    square = growth_fit.fit(x, [3e-9 * v**2 for v in x], (0, 1))
+    square = growth_fit.fit(x, [3e-9 * v**2 for v in x], whole)
     assert square.exponent == pytest.approx(2)
-    assert square.error > 0.1
-    mixed = growth_fit.fit(x, [2e-5 * v + 4e-9 * v**2 for v in x], (1, 2))
-    assert mixed.factors == pytest.approx((2e-5, 4e-9))
+    assert square.factors == pytest.approx((0, 0, 3e-9))
+    mixed = growth_fit.fit(x, [0.01 + 2e-5 * v + 4e-9 * v**2 for v in x], whole)
+    assert mixed.factors == pytest.approx((0.01, 2e-5, 4e-9))
     assert mixed.error < 1e-12
-    assert 1 < mixed.exponent < mixed.upper_exponent < 2
-    fixed = growth_fit.fit(x[::-1], [0.5 + 1e-3 * v for v in x[::-1]], (0, 1))
+    assert 0 < mixed.exponent < mixed.upper_exponent < 2
+    fixed = growth_fit.fit(x[::-1], [0.5 + 1e-3 * v for v in x[::-1]], line)
     assert fixed.factors == pytest.approx((0.5, 1e-3))
-    assert growth_fit.fit([0, 1], [2.0, 1.0], (0, 1)).exponent is None
-    flat = growth_fit.fit(x, [7.0] * 8, (0, 1))
+    flat = growth_fit.fit(x, [7.0] * 8, line)
     assert flat.exponent == pytest.approx(0, abs=1e-12)
     assert flat.factors == pytest.approx((7, 0))
+    falls = growth_fit.fit([0, 0.5, 1], [3.0, 2.0, 1.0], speed)
+    assert falls.exponent is falls.upper_exponent is None
+    assert falls.factors == pytest.approx((3, -2))
+
+
+def test_no_term_of_a_cost_is_negative(load) -> None:
+    """A line below a convex curve would have a constant below 0."""
+    growth_fit = load("growth_fit")
+    x = [1.0, 2, 4, 8]
+    found = growth_fit.fit(x, [v**1.3 for v in x], growth_fit.CURVES["tokens"])
+    assert found.factors[0] == 0 < found.factors[1]
+    assert 0.1 < found.error < 0.5
 
 
 @pytest.mark.parametrize(
@@ -92,8 +104,9 @@ def test_fit_finds_the_law_of_its_points(load) -> None:
     [([1, 1], [1.0, 2.0], "at least two x"), ([1, 2], [1.0, 0.0], "y above 0")],
 )
 def test_fit_refuses_what_has_no_slope(load, x, y, message) -> None:
+    growth_fit = load("growth_fit")
     with pytest.raises(ValueError, match=message):
-        load("growth_fit").fit(x, y, (0, 1))
+        growth_fit.fit(x, y, growth_fit.CURVES["tokens"])
 
 
 def test_an_unknown_curve_is_refused(load) -> None:
@@ -110,8 +123,8 @@ def test_the_table_says_what_grows(load, records, tmp_path: Path) -> None:
         "a further entry of the vocabulary costs Hugging Face 6.0 times what it costs ours",
         "a further sequence costs Hugging Face 3.0 times",
         "at 80% padding ours is 5.0 times as fast",
-        "16 times the corpus takes +1.5 MiB",
-        "16 times the text takes +0.0 MiB",
+        "16 times the corpus takes 1.5 MiB more",
+        "16 times the text takes 0.0 MiB more",
     ):
         assert sentence in text
     with (tmp_path / "growth.csv").open() as file:
