@@ -205,11 +205,11 @@ def finding(lines: Sequence[Series]) -> str:
         what = "corpus" if ours.curve == "loader" else "text"
         sign = "more" if y[-1] >= y[0] else "less"
         return f"{times} the {what} takes {abs(y[-1] - y[0]):,.1f} MiB {sign}"
-    if not peers:
-        return f"{number(y[0])} to {number(y[-1])} {CURVES[ours.curve].unit}"
-    if ours.curve == "padding":
+    if ours.curve == "padding" and peers:
         ratio = y[-1] / max(peer.y[-1] for peer in peers)
         return f"at {x[-1]:.0%} padding ours is {ratio:.1f} times as fast as Hugging Face"
+    if not peers or not law.factors[1]:
+        return f"ours takes {number(y[0])} to {number(y[-1])} {CURVES[ours.curve].unit}"
     ratio = min(peer.fit.factors[1] for peer in peers) / law.factors[1]
     what = "entry of the vocabulary" if ours.curve == "vocabulary" else "sequence"
     return f"a further {what} costs Hugging Face {ratio:.1f} times what it costs ours"
@@ -220,7 +220,7 @@ def meeting(lines: Sequence[Series]) -> str:
     by_name = {line.name: line for line in lines}
     alone, rest = by_name.get(ATTENTION), by_name.get(REST)
     if alone is None or rest is None or alone.x != rest.x:
-        return f"{number(lines[0].y[0])} to {number(lines[0].y[-1])} s"
+        return f"ours takes {number(lines[0].y[0])} to {number(lines[0].y[-1])} s"
     lead = np.log(np.array(alone.y) / np.array(rest.y))
     above = np.flatnonzero(lead > 0)
     if len(above) == 0 or above[0] == 0:

@@ -133,6 +133,18 @@ def test_the_table_says_what_grows(load, records, tmp_path: Path) -> None:
     assert float(rows["sampler", "SpanMasker"]["exponent"]) == pytest.approx(0.9)
 
 
+def test_what_does_not_grow_is_told_without_a_ratio(load) -> None:
+    growth_fit, record = load("growth_fit"), load("records").Record
+    for name in growth_fit.CURVES:
+        points = [
+            record(case="c", curve=name, series=series, x=x, y=9.0 - x)
+            for series in ("ours", "Hugging Face sdpa")
+            for x in (1, 2)
+        ]
+        assert growth_fit.finding(growth_fit.series_of(points))
+        assert growth_fit.finding(growth_fit.series_of(points[:2]))
+
+
 def test_the_report_prints_slopes_too(load, records, tmp_path: Path, monkeypatch, capsys) -> None:
     load("records").save(tmp_path / "bench_x.json", MACHINE, records)
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
