@@ -149,6 +149,11 @@ def assert_agree(setting: Setting, workload: str, dtype: torch.dtype, peer: Atte
         assert theirs <= factor * max(error, torch.finfo(dtype).eps / 2), f"tensor {index}"
 
 
+def size_of(setting: Setting) -> str:
+    """What stands for the model in a table."""
+    return f"{setting.sizes.attention_heads} heads of {HEAD_SIZE}"
+
+
 def name_rows(name: tuple[str, torch.dtype, float, str]) -> tuple[str, ...]:
     """The row of the table of bars that a comparison answers."""
     workload, dtype, dropout, title = name
@@ -170,7 +175,9 @@ def compare(
     rows = make_rows(setting, int(cu[-1]), dtype)
     own, other = ours(cu, longest, dropout), peer(cu, longest, dropout)
     benchmark.group = f"attention {workload}, {dtype}, dropout {dropout}"
-    case = Case(rows=name_rows(name), workload=workload, peer=title, dropout=dropout)
+    case = Case(
+        rows=name_rows(name), workload=workload, peer=title, dropout=dropout, model=size_of(setting)
+    )
     time_in_turn(benchmark, setting.at(dtype), case, step_of(own, rows), step_of(other, rows))
 
 
@@ -187,7 +194,13 @@ def test_sdpa(
     if setting.device.type == "cuda" and dtype == torch.float32:
         pytest.skip("flash attention takes 16-bit dtypes only")
     name = (workload, dtype, dropout, "padded SDPA")
-    case = Case(rows=name_rows(name), workload=workload, peer=name[3], dropout=dropout)
+    case = Case(
+        rows=name_rows(name),
+        workload=workload,
+        peer=name[3],
+        dropout=dropout,
+        model=size_of(setting),
+    )
     if dtype == torch.bfloat16 and not setting.has_bf16:
         skip(benchmark, setting.at(dtype), case, NO_BF16)
     compare(benchmark, setting, name, padded_sdpa)

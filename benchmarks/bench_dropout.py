@@ -19,9 +19,10 @@ def test_hidden_dropout(benchmark: BenchmarkFixture, setting: Setting, precision
     """Elementwise work needs no bf16 products, so that this row is measured in both dtypes."""
     base = setting.base()
     length, width = base.sizes.length, base.sizes.hidden_size
-    cu = torch.arange(5, dtype=torch.int32) * length
-    rows = torch.ones(4 * length, width, dtype=DTYPES[precision])
-    seed, sequence_ids = torch.tensor(1), torch.arange(4)
+    cu = torch.arange(5, dtype=torch.int32, device=base.device) * length
+    rows = torch.ones(4 * length, width, dtype=DTYPES[precision], device=base.device)
+    seed = torch.tensor(1, device=base.device)
+    sequence_ids = torch.arange(4, device=base.device)
 
     def ours() -> torch.Tensor:
         return hidden_dropout(rows, PROBABILITY, seed, sequence_ids, cu, 1)
@@ -38,6 +39,7 @@ def test_hidden_dropout(benchmark: BenchmarkFixture, setting: Setting, precision
         rows=("11",) if precision == "bf16" else ("11 (fp32)",),
         peer="F.dropout",
         dtype=precision,
+        model=f"{4 * length:,} x {width}",
         dropout=PROBABILITY,
     )
     time_in_turn(benchmark, base, case, ours, peer)

@@ -40,15 +40,18 @@ def test_floor(
         tokens=None,
     )
     require_dtype(benchmark, base, Case(**{**vars(case), "dtype": precision}))
-    narrow = torch.randn(tokens, width, dtype=base.dtype)
-    wide = torch.randn(tokens, 4 * width, dtype=base.dtype)
-    weight = torch.randn(width, 4 * width, dtype=base.dtype)
+    narrow, wide, weight = (
+        torch.randn(shape, dtype=base.dtype, device=base.device)
+        for shape in ((tokens, width), (tokens, 4 * width), (width, 4 * width))
+    )
+    # Into memory that stands: a floor has no allocation in it.
+    outputs = [torch.empty_like(tensor) for tensor in (wide, narrow, weight)]
 
     def products() -> None:
         for _ in range(REPEATS):
-            narrow @ weight
-            wide @ weight.T
-            narrow.T @ wide
+            torch.mm(narrow, weight, out=outputs[0])
+            torch.mm(wide, weight.T, out=outputs[1])
+            torch.mm(narrow.T, wide, out=outputs[2])
 
     step = our_step(base, model, batch)
     assert bool(step().isfinite())

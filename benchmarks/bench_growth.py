@@ -23,7 +23,7 @@ from growth_timing import medians
 from peers import Step, make_peer, our_step, padded, peer_step, step_of, without_spans
 from pytest_benchmark.fixture import BenchmarkFixture
 from records import Record
-from timing import NAMES, name_of
+from timing import NAMES, command_of, name_of
 from torch import Tensor, nn
 from torch.nn import functional
 from workload import Setting, make_batch_of
@@ -74,6 +74,7 @@ def record(
             dtype=NAMES[setting.dtype],
             threads=torch.get_num_threads(),
             model=model,
+            command=command_of(benchmark),
         )
     )
 

@@ -36,7 +36,8 @@ def test_heads(
     model = make_model(base, 0.0)
     wanted = pad_targets(batch, model.config.max_span_targets)
     torch.manual_seed(1)
-    rows = torch.randn(batch.num_tokens, base.sizes.hidden_size, requires_grad=True)
+    rows = torch.randn(batch.num_tokens, base.sizes.hidden_size, device=base.device)
+    rows.requires_grad_()
     plane = pad_rows(batch, rows.detach()).requires_grad_()
 
     def own_loss() -> Tensor:

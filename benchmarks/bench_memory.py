@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from records import Record
-from timing import Case, make_record, name_of, padding_of
+from timing import Case, command_of, make_record, name_of, padding_of
 from workload import Setting
 
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -53,8 +53,8 @@ def test_peak_memory(benchmark: BenchmarkFixture, setting: Setting) -> None:
             padding=padding_of(lengths),
         )
         own, other = (np.array([[found[kind][index], 0.0]]) for kind in ("ours", "sdpa"))
-        record = make_record(name_of(benchmark) + suffix, base, case, own, other)
-        setting.records.append(replace(record, unit="MiB"))
+        record = make_record(benchmark, base, case, own, other)
+        setting.records.append(replace(record, case=record.case + suffix, unit="MiB"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -75,6 +75,7 @@ def test_memory_against_batch(benchmark: BenchmarkFixture, setting: Setting) -> 
                         x=4 * times,
                         y=growth,
                         model=setting.model,
+                        command=command_of(benchmark),
                     )
                 )
 

@@ -24,7 +24,7 @@ from bench_span_masker import (
 )
 from pytest_benchmark.fixture import BenchmarkFixture
 from records import Record
-from timing import Case, name_of, time_in_turn
+from timing import Case, command_of, name_of, time_in_turn
 from tokenizers import Tokenizer, models
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 from workload import Setting
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from oracles import span_masker as oracle
 
 PEER_BLOCKS = 64
+MODEL = f"{len(EXAMPLE_IDS)} x {BLOCK_LENGTH} tokens"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,6 +92,7 @@ def test_hugging_face_collator(
         rows=(row,),
         peer=f"Hugging Face {'whole-word' if is_whole_word else 'MLM'} collator",
         dtype="integers",
+        model=MODEL,
         scale=NUM_TOKENS / (PEER_BLOCKS * BLOCK_LENGTH),
     )
     compare(benchmark, setting, case, lambda: collator(batch))
@@ -111,6 +113,7 @@ def test_python_rule(benchmark: BenchmarkFixture, setting: Setting) -> None:
         rows=("15c",),
         peer="plain Python twin of the rule",
         dtype="integers",
+        model=MODEL,
         scale=NUM_TOKENS / BLOCK_LENGTH,
     )
     compare(benchmark, setting, case, peer)
@@ -124,7 +127,12 @@ def test_threads(benchmark: BenchmarkFixture, setting: Setting, num_threads: int
     masker, one = make_masker(num_threads=num_threads), make_masker()
     expected = one(tokens, boundaries, ids)
     assert np.array_equal(masker(tokens, boundaries, ids).input_ids, expected.input_ids)
-    case = Case(peer=f"{num_threads} threads against one", dtype="integers", tokens=len(tokens))
+    case = Case(
+        peer=f"{num_threads} threads against one",
+        dtype="integers",
+        tokens=len(tokens),
+        model=f"{len(ids)} x {BLOCK_LENGTH} tokens",
+    )
     time_in_turn(
         benchmark,
         setting,
@@ -141,5 +149,7 @@ def test_threads(benchmark: BenchmarkFixture, setting: Setting, num_threads: int
             series="SpanMasker",
             x=num_threads,
             y=speed / 1e6,
+            model=MODEL,
+            command=command_of(benchmark),
         )
     )

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+# One thread unless told, before torch is loaded; processes that a case starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from records import save

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from peers import make_model, our_step, peer_step, without_spans
-from workload import choose_setting, make_batch_of
+from process_memory import status_mib
+from workload import Setting, choose_setting, make_batch_of
 
 
-def status_mib(name: str) -> float:
-    """A field of this process: VmRSS is resident now, VmHWM was at most.
-
-    `getrusage` would not do: its maximum is inherited from the process that started this one.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
+def peak_and_present(setting: Setting) -> tuple[float, float]:
+    """MiB at most and now: of the GPU's memory where the step runs there, else of this process."""
+    if setting.device.type == "cuda":
+        peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return peak / 2**20, now / 2**20
+    return status_mib("VmHWM"), status_mib("VmRSS")
 
 
 def main() -> None:
@@ -40,9 +38,9 @@ def main() -> None:
     else:
         step = peer_step(setting, model, batch, options.kind)
         del model
-    before = status_mib("VmRSS")
+    _, before = peak_and_present(setting)
     assert bool(torch.isfinite(step()))
-    print(json.dumps({"before": before, "peak": status_mib("VmHWM")}))
+    print(json.dumps({"before": before, "peak": peak_and_present(setting)[0]}))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 from workload import Setting, places
 
 from spanbert_fast import Model
 from spanbert_fast.batch import PackedBatch
 
 Step = Callable[[], Tensor]
+MODERN = "Hugging Face ModernBERT (other weights: shapes and finiteness compared only)"
 
 
 def without_spans(batch: PackedBatch) -> PackedBatch:
@@ -59,6 +60,27 @@ def make_peer(model: Model, attention: str) -> BertForMaskedLM:
     assert not missing
     assert all(name.startswith("cls.span_boundary.") for name in unexpected)
     return peer.to(model.device).train()
+
+
+def make_modern(setting: Setting, attention: str) -> ModernBertForMaskedLM:
+    """Hugging Face's ModernBERT with as many layers of the same width; its gated feed-forward
+    has as many weights as ours.
+    """
+    sizes = setting.sizes
+    config = ModernBertConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=8 * sizes.hidden_size // 3,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.hidden_size // 64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    peer = ModernBertForMaskedLM._from_config(config, attn_implementation=attention)
+    return peer.to(setting.device).train()
 
 
 def autocast(setting: Setting) -> torch.autocast:

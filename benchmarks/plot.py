@@ -62,12 +62,12 @@ def save(figure: Figure, path: Path) -> None:
 
 def caption(machine: dict[str, Any]) -> str:
     """The machine, in a line."""
-    place = machine["gpu"] or f"CPU with {machine['cpu_capability']}"
+    place = machine["gpu"] or f"{machine['cpu']} ({machine['cpu_capability']})"
     has = "with" if machine["has_bf16_products"] else "without"
     threads = machine["threads"]
     return (
         f"{place}, {has} bf16 products; {threads} thread{'s' * (threads != 1)} unless said; "
-        f"torch {machine['torch']}"
+        f"torch {machine['torch']}, transformers {machine['transformers']}"
     )
 
 

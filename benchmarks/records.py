@@ -40,6 +40,8 @@ class Record:
     """Share of padding in the peer's batch."""
     unit: str = "s"
     """Of the two medians; memory is in MiB."""
+    command: str = ""
+    """Runs this case alone, from the root of the repository."""
     skipped: str | None = None
     curve: str | None = None
     """The curve that it is a point of, with the point and the name of the line."""

@@ -40,15 +40,17 @@ def pad_targets(batch: PackedBatch, max_span_targets: int) -> PaddedTargets:
     begins = batch.cu_seqlens[:-1].long()
     sequence = torch.searchsorted(batch.cu_seqlens.long(), batch.sbo_left, right=True) - 1
     counts = torch.bincount(sequence, minlength=batch.num_sequences)
-    place = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+    device = sequence.device
+    place = torch.arange(len(sequence), device=device) - (counts.cumsum(0) - counts)[sequence]
     shape = (batch.num_sequences, int(counts.max()))
-    left, right = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    left = torch.zeros(shape, dtype=torch.int64, device=device)
+    right = torch.zeros_like(left)
     left[sequence, place] = batch.sbo_left - begins[sequence]
     right[sequence, place] = batch.sbo_right - begins[sequence]
-    targets = torch.full((*shape, max_span_targets), -100)
+    targets = torch.full((*shape, max_span_targets), -100, device=device)
     sizes = batch.sbo_cu.diff().long()
     span = torch.repeat_interleave(sizes)
-    offset = torch.arange(len(batch.sbo_targets)) - batch.sbo_cu[:-1].long()[span]
+    offset = torch.arange(len(batch.sbo_targets), device=device) - batch.sbo_cu[:-1].long()[span]
     targets[sequence[span], place[span], offset] = batch.sbo_targets
     return PaddedTargets(padded(batch)["labels"], left, right, targets)
 
@@ -77,7 +79,7 @@ def heads_loss(model: Model, hidden: Tensor, wanted: PaddedTargets) -> Tensor:
     mlm = functional.cross_entropy(
         logits.flatten(0, 1).float(), wanted.labels.flatten(), reduction="sum"
     )
-    rows = torch.arange(hidden.shape[0])[:, None]
+    rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     num_slots = wanted.targets.shape[2]
     pair = torch.cat([hidden[rows, wanted.left], hidden[rows, wanted.right]], dim=-1)
     pair = pair[:, :, None].expand(-1, -1, num_slots, -1)

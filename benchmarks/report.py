@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from records import Record, load
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
 HEAD = (
-    "| # | ours against | dtype | ours / peer, wall | CPU | tokens/s, ours / peer "
+    "| # | ours against | dtype, threads | ours / peer, wall | CPU | real tokens/s, ours / peer "
     "| ratio (20-80 %) | bar | aim | |\n|" + " --- |" * 10
 )
+
+
+def judge(figure: float, bar: Bar) -> str:
+    """What a figure reached."""
+    sign = -1 if bar.is_upper else 1
+    if sign * figure < sign * bar.bar:
+        return "**missed**"
+    return "aim met" if sign * figure >= sign * bar.aim else "bar met"
 
 
 def cells(row: str, record: Record, bar: Bar | None) -> str:
@@ -28,16 +37,17 @@ def cells(row: str, record: Record, bar: Bar | None) -> str:
         f", dropout {record.dropout}" if record.dropout else ""
     )
     wanted = f"{bar.bar:g} | {bar.aim:g}" if bar else "- | -"
-    start = f"| {row} | {title} ({record.model}) | {record.dtype} "
+    start = f"| {row} | {title} ({record.model}) | {record.dtype}, {record.threads} "
     if record.skipped:
         return f"{start}| | | | | {wanted} | {record.skipped} |"
     verdict = ""
     assert record.ratio is not None
     if bar:
-        is_met = record.ratio <= bar.bar if bar.is_upper else record.ratio >= bar.bar
-        verdict = "met" if is_met else "**missed**"
+        verdict = judge(record.ratio, bar)
     wall = f"{record.ours_seconds:.4g} / {record.peer_seconds:.4g} {record.unit}"
-    cpu = f"{record.ours_cpu_seconds:.4g} / {record.peer_cpu_seconds:.4g} s"
+    cpu = ""
+    if record.ours_cpu_seconds and record.peer_cpu_seconds:
+        cpu = f"{record.ours_cpu_seconds:.4g} / {record.peer_cpu_seconds:.4g} s"
     speed = ""
     if record.ours_tokens_per_second and record.peer_tokens_per_second:
         speed = f"{record.ours_tokens_per_second:,.0f} / {record.peer_tokens_per_second:,.0f}"
@@ -45,10 +55,29 @@ def cells(row: str, record: Record, bar: Bar | None) -> str:
     return f"{start}| {wall} | {cpu} | {speed} | {ratio} | {wanted} | {verdict} |"
 
 
-def table(machine: dict[str, Any], records: list[Record]) -> str:
+def machine_table(title: str, machine: dict[str, Any]) -> str:
+    """What the figures depend on."""
+    lines = [f"| {title} | |\n| --- | --- |"]
+    for name, value in machine.items():
+        if name == "sizes":
+            value = ", ".join(f"{key} {size}" for key, size in value.items())
+        lines.append(f"| {name.replace('_', ' ')} | {'-' if value is None else value} |")
+    return "\n".join(lines) + "\n"
+
+
+def commands(records: list[Record]) -> str:
+    """What measures each line again, alone, with the rows that it answers."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if record.command:
+            found.setdefault(record.command, []).extend(record.rows)
+    lines = [f"{', '.join(rows) or '-'}: {command}" for command, rows in found.items()]
+    return "\n".join(["Each line again, alone:\n\n```text", *lines, "```\n"])
+
+
+def bars_table(records: list[Record]) -> str:
     """The bars in their order, each with the fp32 counterpart; what has no result says so."""
-    described = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "sizes")
-    lines = [f"Machine: {described}.", "", HEAD]
+    lines = [HEAD]
     for name, bar in BARS.items():
         found = [(r, x) for x in records for r in x.rows if r == name or r.startswith(f"{name} ")]
         for row, record in sorted(found, key=lambda pair: pair[0]):
@@ -67,8 +96,11 @@ def main() -> None:
     parser.add_argument("--commit", action="store_true", help="into README.md and results/ too")
     options = parser.parse_args()
     machine, records = load(options.folder)
-    text = table(machine, records)
     growth = growth_table.write(options.folder, records)
+    newest = max(path.stat().st_mtime for path in options.folder.glob("bench_*.json"))
+    machine = {"measured": time.strftime("%Y-%m-%d", time.gmtime(newest)), **machine}
+    tables = f"{bars_table(records)}\n{commands(records)}"
+    text = f"{machine_table('your machine', machine)}\n{tables}"
     print(text, growth, sep="\n")
     (options.folder / "table.md").write_text(text, encoding="utf-8")
     with (options.folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
@@ -76,10 +108,11 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(dataclasses.asdict(record) for record in records)
     if options.commit:
+        ours = f"{machine_table('machine', machine)}\n{tables}"
         readme = HERE / "README.md"
         before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
-        readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        readme.write_text(f"{before}{BEGIN}\n\n{ours}\n{END}{after}", encoding="utf-8")
         growth_table.commit(growth, draw(options.folder, HERE / "plots"))
         (HERE / "results").mkdir(exist_ok=True)
         for path in (*options.folder.glob("bench_*.json"), *options.folder.glob("*.csv")):

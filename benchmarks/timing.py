@@ -35,6 +35,8 @@ class Case:
     """Turns the ratio of medians into the figure of the row, if calls differ in work."""
     is_upper: bool = False
     """The figure is ours / peer, and a small one is good."""
+    model: str = ""
+    """What was worked on, where it is not the model of the setting."""
 
 
 def padding_of(lengths: list[int]) -> float:
@@ -45,6 +47,11 @@ def padding_of(lengths: list[int]) -> float:
 def name_of(benchmark: BenchmarkFixture) -> str:
     """File and test of a case."""
     return str(benchmark.fullname).rsplit("/", 1)[-1]
+
+
+def command_of(benchmark: BenchmarkFixture) -> str:
+    """What runs this case alone."""
+    return f"python -m pytest 'benchmarks/{name_of(benchmark)}' --benchmark-only"
 
 
 def skip(benchmark: BenchmarkFixture, setting: Setting, case: Case, reason: str) -> None:
@@ -58,7 +65,8 @@ def skip(benchmark: BenchmarkFixture, setting: Setting, case: Case, reason: str)
             dtype=case.dtype or NAMES[setting.dtype],
             dropout=case.dropout,
             threads=torch.get_num_threads(),
-            model=setting.model,
+            model=case.model or setting.model,
+            command=command_of(benchmark),
             skipped=reason,
         )
     )
@@ -101,7 +109,7 @@ def time_in_turn(
     benchmark.pedantic(
         timed, args=(peer, other), setup=lambda: timed(ours, own), rounds=setting.sizes.rounds
     )
-    record = make_record(name_of(benchmark), setting, case, np.array(own), np.array(other))
+    record = make_record(benchmark, setting, case, np.array(own), np.array(other))
     benchmark.extra_info.update(
         ratio=record.ratio, ours_seconds=record.ours_seconds, threads=record.threads
     )
@@ -109,7 +117,7 @@ def time_in_turn(
 
 
 def make_record(
-    name: str, setting: Setting, case: Case, own: np.ndarray, other: np.ndarray
+    benchmark: BenchmarkFixture, setting: Setting, case: Case, own: np.ndarray, other: np.ndarray
 ) -> Record:
     """The record of two series of (wall, CPU) seconds [rounds, 2], or of two series of MiB."""
     above, below = (own, other) if case.is_upper else (other, own)
@@ -117,14 +125,15 @@ def make_record(
     middle = np.median(above[:, 0]) / np.median(below[:, 0]) * case.scale
     (mine, mine_cpu), (theirs, theirs_cpu) = np.median(own, 0), np.median(other, 0)
     return Record(
-        case=name,
+        case=name_of(benchmark),
         rows=case.rows,
         workload=case.workload,
         peer=case.peer,
         dtype=case.dtype or NAMES[setting.dtype],
         dropout=case.dropout,
         threads=torch.get_num_threads(),
-        model=setting.model,
+        model=case.model or setting.model,
+        command=command_of(benchmark),
         ratio=float(middle),
         ratio_20=float(spread[0]),
         ratio_80=float(spread[1]),

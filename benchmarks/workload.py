@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +23,8 @@ RAGGED = (512, 256, 160, 96)
 WORKLOADS = ("full-512", "ragged-50")
 ALL_WORKLOADS = (*WORKLOADS, "sentences", "documents")
 """Blocks of 512; half padding in a padded batch; 8 to 40 pieces each; 16 to 512 pieces, mixed."""
+PACKAGES = ("transformers", "tokenizers", "onnxruntime", "sentence-transformers")
+"""Peers whose version belongs to a figure."""
 MASK, SPECIAL, FIRST_WORD = 4, [0, 1, 2, 3], 5
 
 
@@ -134,6 +139,10 @@ class Setting:
         """What a figure depends on."""
         is_gpu = self.device.type == "cuda"
         return {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: version_of(name) for name in PACKAGES},
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "gpu": torch.cuda.get_device_name(self.device) if is_gpu else None,
@@ -142,6 +151,22 @@ class Setting:
             "threads": torch.get_num_threads(),
             "sizes": self.sizes._asdict(),
         }
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def choose_setting() -> Setting:

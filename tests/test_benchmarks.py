@@ -38,15 +38,8 @@ def test_every_benchmark_runs() -> None:
     # A compiled peer takes seconds, and takes the same lines on every workload.
     selected = ("-k", "not (compiled and (0.0 or ragged))")
     output = run("-m", "pytest", "benchmarks", *options, *selected)
-    for case in (
-        "bench_step.py",
-        "bench_attention.py",
-        "bench_growth.py",
-        "[7]",
-        "[13 growth]",
-        "[15b]",
-        "[9b]",
-    ):
+    rows = ("8c", "10a", "10b", "[7]", "[13 growth]", "[15b]", "[9b]")
+    for case in ("bench_step.py", "bench_attention.py", "bench_growth.py", *rows):
         assert case in output
     # What this machine lacks is told, not passed over.
     for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
@@ -84,6 +77,28 @@ def test_the_guard_refuses_another_class_of_machine(check, tmp_path: Path, capsy
     capsys.readouterr()
     assert check.main(options) == 2
     assert "cpu_capability: x, here AVX2" in capsys.readouterr().out
+
+
+def test_the_table_says_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report, record = (importlib.import_module(name) for name in ("report", "records"))
+    figures = {"ours_seconds": 1.0, "peer_seconds": 2.0, "ratio_20": 1.9, "ratio_80": 2.1}
+    made = [
+        record.Record(case="a", rows=("1", "2 (fp32)"), ratio=2.0, command="run a", **figures),
+        record.Record(case="b", rows=("14a",), ratio=1.2, command="run b", **figures),
+        record.Record(case="c", rows=("5",), skipped="no bf16", command="run c"),
+        record.Record(case="d", rows=("11",), ratio=2.0, **figures),
+    ]
+    lines = {line.split("|")[1].strip(): line for line in report.bars_table(made).splitlines()}
+    assert "bar met" in lines["1"]
+    assert "bar met" in lines["14a"]
+    assert "**missed**" in lines["11"]
+    assert lines["2 (fp32)"].endswith("| - | - |  |")
+    assert "no bf16" in lines["5"]
+    assert "no case in this run" in lines["2"]
+    assert set(report.BARS) <= set(lines)
+    assert "1, 2 (fp32): run a" in report.commands(made)
+    assert report.judge(1.1, report.BARS["14a"]) == "aim met"
 
 
 @pytest.fixture

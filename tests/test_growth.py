@@ -12,6 +12,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MACHINE = {
     "torch": "2.13.0+cpu",
+    "transformers": "5.22.0",
+    "cpu": "AMD EPYC",
     "gpu": None,
     "cpu_capability": "AVX2",
     "has_bf16_products": False,
