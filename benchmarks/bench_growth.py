@@ -35,7 +35,8 @@ from spanbert_fast.model.heads import combine_losses
 
 NUM_LAYERS = 2
 OURS, PEER = "ours", "Hugging Face sdpa"
-BEST = "Hugging Face sdpa, labelled words decoded"
+BEST = "Hugging Face sdpa, best setting"
+"""Only words with a label meet the vocabulary."""
 PROBE = Path(__file__).with_name("corpus_probe.py")
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads /proc/self/status"

@@ -16,10 +16,8 @@ import numpy as np
 from process_memory import status_mib
 
 from spanbert_fast.data.loader import StepLoader
-from spanbert_fast.data.masking import SpanMasker
 from spanbert_fast.data.prepare import PrepareOptions, prepare
-from spanbert_fast.data.shards import TokenShards
-from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
+from spanbert_fast.train.source import open_source
 
 NUM_WORDS, SENTENCES = 20_000, 20
 COPIES = 8
@@ -71,14 +69,8 @@ def prepare_text(source: Path, output: Path, tokenizer: Path | None) -> tuple[in
 
 def read_epoch(folder: Path) -> float:
     """The most anonymous memory while an epoch is read, in MiB."""
-    shards = TokenShards.open(folder)
-    specials = shards.manifest.special_token_ids
-    masker = SpanMasker(
-        word_starts(load_tokenizer(shards.tokenizer_directory)),
-        mask_token_id=specials["mask"],
-        special_token_ids=[specials[role] for role in ("pad", "cls", "sep", "mask")],
-        replacement_ids=shards.replacement_sample(),
-    )
+    source = open_source(folder)
+    shards, masker = source.shards, source.masker(seed=0, max_span_targets=15, settings={})
     most, blocks = status_mib("RssAnon"), 0
     with StepLoader(
         shards, "train", masker, seed=0, global_batch_tokens=TOKENS_PER_STEP, num_micro_batches=1
