@@ -7,21 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from peers import make_model, our_step, peer_step, without_spans
+from process_memory import status_mib
 from workload import Setting, choose_setting, make_batch_of
-
-
-def status_mib(name: str) -> float:
-    """A field of this process: VmRSS is resident now, VmHWM was at most.
-
-    `getrusage` would not do: its maximum is inherited from the process that started this one.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
 
 
 def peak_and_present(setting: Setting) -> tuple[float, float]:

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import growth_table
 from bars import BARS, Bar
+from plot import draw
 from records import Record, load
 
 HERE = Path(__file__).resolve().parent
@@ -94,11 +96,12 @@ def main() -> None:
     parser.add_argument("--commit", action="store_true", help="into README.md and results/ too")
     options = parser.parse_args()
     machine, records = load(options.folder)
+    growth = growth_table.write(options.folder, records)
     newest = max(path.stat().st_mtime for path in options.folder.glob("bench_*.json"))
     machine = {"measured": time.strftime("%Y-%m-%d", time.gmtime(newest)), **machine}
     tables = f"{bars_table(records)}\n{commands(records)}"
     text = f"{machine_table('your machine', machine)}\n{tables}"
-    print(text)
+    print(text, growth, sep="\n")
     (options.folder / "table.md").write_text(text, encoding="utf-8")
     with (options.folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Record)])
@@ -110,8 +113,9 @@ def main() -> None:
         before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         readme.write_text(f"{before}{BEGIN}\n\n{ours}\n{END}{after}", encoding="utf-8")
+        growth_table.commit(growth, draw(options.folder, HERE / "plots"))
         (HERE / "results").mkdir(exist_ok=True)
-        for path in (*options.folder.glob("bench_*.json"), options.folder / "records.csv"):
+        for path in (*options.folder.glob("bench_*.json"), *options.folder.glob("*.csv")):
             shutil.copy(path, HERE / "results")
 
 

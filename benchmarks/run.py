@@ -1,4 +1,4 @@
-"""Runs every file of the suite in a process of its own, then writes the tables.
+"""Runs every file of the suite in a process of its own, then writes tables and plots.
 
 A file whose results stand in the folder is not run again: a run that was cut goes on. `--again`
 starts anew. The measured sizes and one thread are the default; see `workload.py`.
@@ -25,8 +25,10 @@ SUITE = (
     "memory",
     "sampler",
     "pretrain",
+    "growth",
 )
 """The order of importance; `bench_step`, `bench_prepare` and `bench_span_masker` run by name."""
+ENDS = ("report.py", "plot.py")
 
 
 def main() -> int:
@@ -55,7 +57,8 @@ def main() -> int:
     if failed:
         print(f"failed: {', '.join(failed)}; the others stand in {options.output}")
         return 1
-    return subprocess.run([sys.executable, str(HERE / "report.py"), str(options.output)]).returncode
+    ends = ([sys.executable, str(HERE / name), str(options.output)] for name in ENDS)
+    return max(subprocess.run(command).returncode for command in ends)
 
 
 if __name__ == "__main__":

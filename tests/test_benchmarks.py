@@ -39,7 +39,7 @@ def test_every_benchmark_runs() -> None:
     selected = ("-k", "not (compiled and (0.0 or ragged))")
     output = run("-m", "pytest", "benchmarks", *options, *selected)
     rows = ("8c", "10a", "10b", "[7]", "[13 growth]", "[15b]", "[9b]")
-    for case in ("bench_step.py", "bench_attention.py", *rows):
+    for case in ("bench_step.py", "bench_attention.py", "bench_growth.py", *rows):
         assert case in output
     # What this machine lacks is told, not passed over.
     for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
