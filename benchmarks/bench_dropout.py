@@ -9,7 +9,7 @@ from timing import DTYPES, Case, time_in_turn
 from torch.nn import functional
 from workload import Setting
 
-from spanbert_fast.ops.norm import hidden_dropout
+from spanbert_fast.ops.dropout import hidden_dropout
 
 PROBABILITY = 0.1
 
