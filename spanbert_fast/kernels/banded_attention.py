@@ -46,9 +46,11 @@ def launch_settings(is_forward: bool, arch: int, dtype: torch.dtype, head_size: 
     | settings | reason |
     | --- | --- |
     | 64 rows | the least that wgmma and tcgen05 multiply |
-    | forward, 128 keys | all that 64 queries meet up to a band of 32, so a query is read once |
-    | forward, heads in 2 stages | more take memory from a second program on the multiprocessor |
-    | backward, 64 others | sums of a gradient stay in registers beside two tiles of scores |
+    | 64 of those they meet | 128 leave one program of 8 warps to a multiprocessor of sm_80 |
+    | 8 warps | the band of a tile, its mask and its addresses: with 4 warps they spill |
+    | forward, 2 stages | the next head's rows arrive during the product of this one |
+    | backward, 1 stage | there are few steps, and addresses of a second stage take registers |
+    | 32 in heads of 128 | with mma.sync both operands of the gradient are in registers |
     | float32 | no tensor core multiplies it exactly, and operands are twice as wide |
 
     Args:
@@ -58,10 +60,12 @@ def launch_settings(is_forward: bool, arch: int, dtype: torch.dtype, head_size: 
         head_size: 32, 64 or 128.
     """
     if dtype == torch.float32:
-        return Settings(32, 32, 4, 1)
+        return Settings(32, 32, 8, 1)
     if is_forward:
-        return Settings(64, 128, 8 if arch < 90 else 4, 2)
-    return Settings(64, 64, 4, 1 if head_size == 128 else 2)
+        return Settings(64, 64, 8, 2)
+    # Later ones without tcgen05 and earlier ones without wgmma have mma.sync alone.
+    has_large_products = 90 <= arch < 120
+    return Settings(64, 32 if head_size == 128 and not has_large_products else 64, 8, 1)
 
 
 @triton.jit
@@ -165,29 +169,30 @@ def banded_backward(
     rows = tl.load(own_rows + elements[None, :], mask=is_own[:, None], other=0.0)
     begin, end = _near_range(own, cu_ptr, num_tokens, num_sequences, search_steps, band)
     lse_rows = lse_ptr + head * num_tokens
-    lse = tl.load(lse_rows + own, mask=is_own, other=0.0)[:, None]
     share = 1.0 / num_heads
     grad = tl.zeros((BLOCK, HEAD_SIZE), tl.float32)
     grad_lse = tl.zeros((BLOCK,), tl.float32)
     distance = 2 * band.to(tl.int64)
     stop = tl.minimum(first + BLOCK + band, num_tokens)
+    if not OF_KEYS:
+        own_lse = tl.load(lse_rows + own, mask=is_own, other=0.0)
     for first_other in range(tl.maximum(first - band, 0), stop, REACH):
         others = first_other + tl.arange(0, REACH)
         is_other = others < num_tokens
         wide = others.to(tl.int64)
         other_rows = other_ptr + head * other_head_stride + wide[:, None] * other_token_stride
         other = tl.load(other_rows + elements[None, :], mask=is_other[:, None], other=0.0)
-        scores = tl.dot(rows, tl.trans(other), input_precision="ieee")
+        # In this order; the other way the rows would live in registers, too many in float32.
+        scores = tl.trans(tl.dot(other, tl.trans(rows), input_precision="ieee"))
         met = (others[None, :] >= begin[:, None]) & (others[None, :] < end[:, None])
         if OF_KEYS:
-            # Of the query, whose probability it is.
-            near_lse = tl.load(lse_rows + others, mask=is_other, other=0.0)[None, :]
+            lse = tl.load(lse_rows + others, mask=is_other, other=0.0)[None, :]
             places = wide[None, :] * distance + (wide_own + band)[:, None]
         else:
-            near_lse = lse
+            lse = own_lse[:, None]
             places = wide_own[:, None] * distance + (wide + band)[None, :]
         above = tl.load(grad_near_ptr + places, mask=met, other=0.0) * share
-        weights = tl.exp(scores * scale - near_lse)
+        weights = tl.exp(scores * scale - lse)
         slope = tl.where(met, weights * above, 0.0)
         if not OF_KEYS:
             grad_lse -= tl.sum(slope, axis=1)
@@ -232,9 +237,7 @@ def banded_attention(
     return near
 
 
-def _check(
-    query: Tensor, key: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, band: int
-) -> None:
+def _check(query: Tensor, key: Tensor, log_sum_exp: Tensor, cu_seqlens: Tensor, band: int) -> None:
     if query.dim() != 3 or key.shape != query.shape or log_sum_exp.shape != query.shape[:2]:
         shapes = [tuple(rows.shape) for rows in (query, key, log_sum_exp)]
         raise ValueError(
@@ -295,9 +298,9 @@ def _forward_op(
 ) -> Tensor:
     """The band; `lse` is float32 [H, T] so that a block of queries reads it in one piece."""
     query, key = _dense(query), _dense(key)
-    num_tokens, num_heads, head_size = query.shape
+    num_tokens = query.shape[0]
     near = query.new_empty((num_tokens, 2 * band + 1), dtype=torch.float32)
-    settings = launch_settings(True, architecture(query.device), query.dtype, head_size)
+    settings = launch_settings(True, architecture(query.device), query.dtype, query.shape[2])
     num_blocks = triton.cdiv(settings.block + 2 * band, settings.reach)
     _launch(
         banded_forward,

@@ -99,7 +99,9 @@ def test_bands_of_the_twin_of_attention() -> None:
 
 
 def test_operators_pass_opcheck() -> None:
-    query, key, lse = (rows.requires_grad_() for rows in Case((9, 0, 4), 2, 32, SINGLE, 3).operands())
+    query, key, lse = (
+        rows.requires_grad_() for rows in Case((9, 0, 4), 2, 32, SINGLE, 3).operands()
+    )
     rest = (torch.tensor([0, 9, 9, 13], dtype=torch.int32), 0.2, 3)
     opcheck(banded._forward_op, (query, key, lse.detach().t().requires_grad_(), *rest))
     plain = [rows.detach() for rows in (query, key, lse.t())]
