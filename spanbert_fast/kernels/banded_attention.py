@@ -47,10 +47,10 @@ def launch_settings(is_forward: bool, arch: int, dtype: torch.dtype, head_size: 
     | --- | --- |
     | 64 rows | the least that wgmma and tcgen05 multiply |
     | 64 of those they meet | 128 leave one program of 8 warps to a multiprocessor of sm_80 |
-    | 8 warps | the band of a tile, its mask and its addresses: with 4 warps they spill |
+    | 8 warps | a tile of the band, its mask and its addresses: with 4, the backward spills |
     | forward, 2 stages | the next head's rows arrive during the product of this one |
     | backward, 1 stage | there are few steps, and addresses of a second stage take registers |
-    | 32 in heads of 128 | with mma.sync both operands of the gradient are in registers |
+    | 32 in heads of 128 | mma.sync has both operands of the gradient in registers: 64 spill |
     | float32 | no tensor core multiplies it exactly, and operands are twice as wide |
 
     Args:
