@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
+from kernels.last_program import last_program_only as last_program_only
 from spanbert_fast.kernels import activation, cross_entropy, embedding, norm, span_boundary
 from spanbert_fast.kernels.segments import segment_sum
 
+pytestmark = pytest.mark.usefixtures("last_program_only")
 HALF = torch.float16
 SIZE = 4096
 ROWS = (1 << 31) // SIZE + 5
@@ -26,26 +25,6 @@ LAST = slice(ROWS - 5, ROWS)
 # Whole chunks of 4,096, so that the last tile of the last chunk is not an empty one.
 CLASSES = (1 << 31) // SIZE + 4096
 ENDING = slice(CLASSES - 5, CLASSES)
-
-
-@pytest.fixture(autouse=True)
-def _last_program_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    last = [0, 0, 0]
-    make = interpreter.GridExecutor.__init__
-
-    def start(self: Any, fn: Any, names: Any, grid: Any, *rest: Any) -> None:
-        last[: len(grid)] = [count - 1 for count in grid]
-        last[len(grid) :] = [0] * (3 - len(grid))
-        make(self, fn, names, (1,) * len(grid), *rest)
-
-    def program(self: Any, axis: int) -> Any:
-        return interpreter.TensorHandle(np.array([last[axis]], dtype=np.int32), tl.int32)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__init__", start)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
-    # It copies each storage onto itself, which would touch every page.
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    torch.manual_seed(0)
 
 
 def far(rows: int = ROWS) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernels.in_process import ROOT
+from kernels.closure import kernel_files
+from kernels.in_process import HERE, ROOT
 
 RESULTS = ROOT / "build" / "verification"
 SUMMARY = ROOT / "benchmarks" / "kernels" / "verification.md"
@@ -39,6 +40,9 @@ FILES = {
     "model_without_sync": InnerFile("whole model", dtypes=("float32",)),
     "model_in_interpreter": InnerFile("whole model", "interpreter", ("float32",)),
     "rows_traffic": InnerFile("", "sm_90", ("bfloat16", "float32"), True),
+    "banded_in_simulator": InnerFile("banded_attention", needs_simulator=True),
+    "banded_compiled": InnerFile(dtypes=("bfloat16",)),
+    "banded_in_interpreter": InnerFile("banded_attention", "interpreter", ("float16", "float32")),
 }
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 _HEAD = """\
@@ -55,6 +59,8 @@ each file in a process of its own. Nothing here ran on a GPU.
 - `*_compiled`: machine code for the target, compiled and read, not executed.
 
 A case that is skipped counts as failed. Seconds are those of one of two processes at a time.
+`code` is the hash of those kernels that the inner file reaches, prose left out: a result is stale
+as soon as one of them is another.
 """
 _COLUMNS = (
     "inner file",
@@ -65,15 +71,21 @@ _COLUMNS = (
     "passed",
     "failed",
     "seconds",
+    "code",
     "Triton",
     "date",
 )
 
 
-def source_hash() -> str:
-    """Hash of the kernels' code: results with another one are stale. Prose does not count."""
+def source_hash(name: str) -> str:
+    """Hash of the kernels that an inner file exercises: results with another one are stale."""
+    return hash_of(kernel_files(HERE / f"{name}.py"))
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """Hash of the code of some files of the repository. Prose does not count."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "spanbert_fast" / "kernels").rglob("*.py")):
+    for path in sorted(paths):
         code = ast.dump(_without_prose(ast.parse(path.read_text())))
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0{code}\0".encode())
     return digest.hexdigest()[:12]
@@ -106,19 +118,21 @@ def has_failed(result: Result) -> bool:
     return bool(result["error"]) or not all(case["passed"] for case in result["cases"])
 
 
-def render(results: dict[str, Result], present: str, *, has_simulator: bool = True) -> str:
+def render(
+    results: dict[str, Result], present: Mapping[str, str], *, has_simulator: bool = True
+) -> str:
     """The summary as Markdown.
 
     Args:
         results: The kept result of each inner file that has one.
-        present: `source_hash` of the kernels as they are.
+        present: `source_hash` of each inner file, with the kernels as they are.
         has_simulator: Whether ptxsim is there now.
     """
     cases = [case for result in results.values() for case in result["cases"]]
     num_failed = sum(not case["passed"] for case in cases)
     remarks = [
         *_remark("not run", [name for name in FILES if name not in results]),
-        *_remark("stale", [n for n, each in results.items() if each["source"] != present]),
+        *_remark("stale", [n for n, each in results.items() if each["source"] != present[n]]),
         *_remark("failed", [name for name, each in results.items() if has_failed(each)]),
     ]
     if not has_simulator:
@@ -126,13 +140,12 @@ def render(results: dict[str, Result], present: str, *, has_simulator: bool = Tr
     verdict = "Incomplete: " + "; ".join(remarks) if remarks else "Complete"
     counts = f"{len(cases):,} cases, {num_failed:,} failed"
     lines = [_HEAD, f"**{verdict}.** {counts}, {len(results)} of {len(FILES)} files have a result."]
-    lines += [f"Kernels' source: `{present}`.", ""]
-    lines += [_line(_COLUMNS), _line(["---"] * 4 + ["---:"] * 4 + ["---"] * 2)]
+    lines += ["", _line(_COLUMNS), _line(["---"] * 4 + ["---:"] * 4 + ["---"] * 3)]
     for name in FILES:
         if name in results:
-            lines += [_line(row) for row in _rows(name, results[name], present)]
+            lines += [_line(row) for row in _rows(name, results[name], present[name])]
         else:
-            lines.append(_line([f"`{name}`", "not run", *["-"] * 8]))
+            lines.append(_line([f"`{name}`", "not run", *["-"] * 9]))
     failures = list(_failures(results))
     if failures:
         lines += ["", "## Failed", "", *failures]
@@ -153,7 +166,7 @@ def _rows(name: str, result: Result, present: str) -> Iterator[list[str]]:
         target = usual.target if usual.target == "interpreter" else case["target"] or usual.target
         groups.setdefault((case["op"] or usual.op or words, target), []).append(case)
     label = f"`{name}`" if result["source"] == present else f"`{name}` (stale)"
-    end = [result["triton"], result["date"]]
+    end = [f"`{result['source']}`", result["triton"], result["date"]]
     for (op, target), cases in groups.items():
         found = {dtype for case in cases for dtype in case["dtypes"]} or set(usual.dtypes)
         dtypes = ", ".join(_SHORT[dtype] for dtype in _SHORT if dtype in found)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import triton
 
+from kernels.closure import kernel_files
 from kernels.in_process import HAS_SIMULATOR, HERE, NO_SIMULATOR, ROOT, command, environment
 from kernels.verification import (
     FILES,
@@ -25,6 +26,7 @@ from kernels.verification import (
     SUMMARY,
     Result,
     has_failed,
+    hash_of,
     load_results,
     render,
     source_hash,
@@ -36,7 +38,7 @@ _SECONDS_PER_CASE = 3600
 
 def run_file(path: Path, folder: Path) -> Result:
     """The result of all cases of an inner file; kept in `folder`, with a log."""
-    name, source, start = path.stem, source_hash(), time.monotonic()
+    name, source, start = path.stem, hash_of(kernel_files(path)), time.monotonic()
     outcomes = folder / f"{name}.outcomes"
     options = ["-p", "kernels.outcomes", f"--outcomes={outcomes}", f"--timeout={_SECONDS_PER_CASE}"]
     with (folder / f"{name}.log").open("w") as log:
@@ -80,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(_PROCESSES) as pool:
         ran = list(pool.map(_run_and_tell, runnable))
     SUMMARY.parent.mkdir(exist_ok=True)
-    SUMMARY.write_text(render(load_results(RESULTS), source_hash(), has_simulator=HAS_SIMULATOR))
+    present = {name: source_hash(name) for name in FILES}
+    SUMMARY.write_text(render(load_results(RESULTS), present, has_simulator=HAS_SIMULATOR))
     print(f"summary: {SUMMARY.relative_to(ROOT)}")
     if not HAS_SIMULATOR:
         print(f"The simulator's part is missing: {NO_SIMULATOR}.")
