@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -169,3 +170,15 @@ def test_coming_from_fairseq(
     Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
     Path("demo_output/run/model").rename("tokenizer")
     run_page("migration/fairseq.md", capsys)
+
+
+def test_loss_weighting(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    sentences = [f"We must work together to keep the peace of {number}.\n" for number in range(9)]
+    Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
+    Path("demo_output/run/model").rename("tokenizer")
+    run_page("loss_weighting.md", capsys)
+    settings = json.loads(Path("run/run.json").read_text())["settings"]
+    assert settings["weighting"]["sequence_length"] == 0.5
