@@ -59,6 +59,29 @@ def test_every_target_has_its_weight(shards, masker):
         np.testing.assert_allclose(batch.row_weights.numpy(), expected, rtol=1e-6)
 
 
+def test_neither_split_nor_start_changes_a_weight(shards, masker):
+    weights = measure_weights(ALL, shards, masker)
+
+    def by_block(batches):
+        found = {}
+        for batch in batches:
+            homes = torch.searchsorted(batch.cu_seqlens, batch.mlm_positions, right=True) - 1
+            for index, name in enumerate(batch.sequence_ids.tolist()):
+                rows = batch.row_weights[: len(homes)][homes == index]
+                assert len(rows) > 0
+                found[name] = rows.tolist()
+        return found
+
+    whole = by_block(epoch(shards, masker, weights, num_micro_batches=1))
+    assert len(whole) == shards.num_blocks("train")
+    assert by_block(epoch(shards, masker, weights, num_micro_batches=3)) == whole
+    ranks = [by_block(epoch(shards, masker, weights, world_size=2, rank=rank)) for rank in (0, 1)]
+    assert ranks[0] | ranks[1] == whole
+    late = by_block(epoch(shards, masker, weights, start_step=5))
+    assert late
+    assert all(whole[name] == rows for name, rows in late.items())
+
+
 def test_weights_are_1_on_average(shards, masker):
     """Exactly for the length of the sequence, since every epoch masks the same share of a block."""
 
