@@ -50,7 +50,10 @@ def test_the_comparison_of_loss_weights_runs(tmp_path: Path) -> None:
     sizes = ("--steps", "4", "--every", "2", "--seeds", "1", "--short", "400", "--long", "40")
     paths = ("--output", str(tmp_path / "runs"), "--picture", str(tmp_path / "curves.png"))
     output = run("benchmarks/loss_weighting.py", *sizes, *paths)
-    assert len(re.findall(r"^(weight 1|length \^ 1), (short|long): loss 3 at", output, re.MULTILINE)) == 4
+    assert (
+        len(re.findall(r"^(weight 1|length \^ 1), (short|long): loss 3 at", output, re.MULTILINE))
+        == 4
+    )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
