@@ -168,11 +168,7 @@ def build_run(
         ValueError: The settings do not fit the data, or the run in the output folder.
     """
     source = open_source(settings.data)
-    if settings.eval_every and not source.shards.num_blocks("validation"):
-        raise ValueError(
-            f"{settings.data} has no held-out blocks; prepare it with a larger "
-            "--validation-permille, or choose --eval-every 0"
-        )
+    _check_held_out_blocks(settings, source)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     surroundings = environment(device, precision) | {"data": source.shards.manifest_hash}
@@ -220,6 +216,14 @@ def build_run(
     _write_description(run)
     emit(_started(run, found, peak))
     return run
+
+
+def _check_held_out_blocks(settings: Settings, source: Source) -> None:
+    if settings.eval_every and not source.shards.num_blocks("validation"):
+        raise ValueError(
+            f"{settings.data} has no held-out blocks; prepare it with a larger "
+            "--validation-permille, or choose --eval-every 0"
+        )
 
 
 def _check_exactness(
