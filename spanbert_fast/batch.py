@@ -50,6 +50,8 @@ class PackedBatch:
     """int32 [R + 1]."""
     sbo_targets: Tensor
     """int64 [N], original ids."""
+    row_weights: Tensor | None = None
+    """float32 [M + N], factor of each target's loss: the MLM rows, then the SBO rows; None: 1."""
     num_items: int | None = None
     """MLM labels of the whole step, over all micro-batches and ranks; None: those of this batch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,17 @@ def test_every_benchmark_runs() -> None:
     # What this machine lacks is told, not passed over.
     for reason in ("timed on a GPU only", "no CPU kernel", "no backward on a CPU"):
         assert reason in output
+
+
+def test_the_comparison_of_loss_weights_runs(tmp_path: Path) -> None:
+    sizes = ("--steps", "4", "--every", "2", "--seeds", "1", "--short", "400", "--long", "40")
+    paths = ("--output", str(tmp_path / "runs"), "--picture", str(tmp_path / "curves.png"))
+    output = run("benchmarks/loss_weighting.py", *sizes, *paths)
+    assert (
+        len(re.findall(r"^(weight 1|length \^ 1), (short|long): loss 3 at", output, re.MULTILINE))
+        == 4
+    )
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -37,6 +38,13 @@ def demo_model(tmp_path: Path) -> Iterator[Path]:
     Model(Config(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)).save_pretrained(folder)
     yield tmp_path
     enable_progress_bars()
+
+
+def provide_text_and_tokenizer() -> None:
+    """`corpus.txt` and `tokenizer`, in the folder of `demo_model`."""
+    sentences = [f"We must work together to keep the peace of {number}.\n" for number in range(9)]
+    Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
+    Path("demo_output/run/model").rename("tokenizer")
 
 
 def run_blocks(name: str, at_least: int) -> tuple[str, dict[str, object]]:
@@ -165,7 +173,15 @@ def test_coming_from_fairseq(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_model)
-    sentences = [f"We must work together to keep the peace of {number}.\n" for number in range(9)]
-    Path("corpus.txt").write_text("\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90)))
-    Path("demo_output/run/model").rename("tokenizer")
+    provide_text_and_tokenizer()
     run_page("migration/fairseq.md", capsys)
+
+
+def test_loss_weighting(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    provide_text_and_tokenizer()
+    run_page("loss_weighting.md", capsys)
+    settings = json.loads(Path("run/run.json").read_text())["settings"]
+    assert settings["weighting"]["sequence_length"] == 0.5

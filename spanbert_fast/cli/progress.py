@@ -114,6 +114,7 @@ class PretrainView(_View):
                 ("steps", f"{event.num_steps:,} of {event.global_batch_tokens:,} tokens"),
                 ("device", f"{event.device}, {event.num_threads} threads, {event.precision}"),
                 ("matmul", f"{event.matmul_flops_per_second / 1e9:,.1f} GFLOP/s, measured"),
+                ("loss weights", event.weighting),
                 ("resumed from", event.resumed_from or "nothing, a new run"),
             ],
             title="heads on a frozen encoder" if event.preset == "heads" else "pre-training",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -20,6 +20,7 @@ from spanbert_fast.data.plan import EpochPlan, split_rows
 from spanbert_fast.data.shards import TokenShards
 
 Int64s = npt.NDArray[np.int64]
+RowWeights = Callable[[AssembledBatch], npt.NDArray[np.float32]]
 
 EVALUATION_EPOCH: Final = 2**32 - 1
 """Epoch of the fixed masks of evaluation; no training run gets there."""
@@ -60,6 +61,7 @@ class StepLoader:
         world_size: int = 1,
         prefetch: int = 4,
         pin_memory: bool = False,
+        row_weights: RowWeights | None = None,
     ) -> None:
         """Starts the thread.
 
@@ -75,6 +77,7 @@ class StepLoader:
             world_size: number of ranks.
             prefetch: steps that may wait ready.
             pin_memory: put the tensors into page-locked memory.
+            row_weights: gives `PackedBatch.row_weights`; None: every target weighs 1.
 
         Raises:
             ValueError: an argument is out of range, or a block does not fit into a step.
@@ -92,7 +95,7 @@ class StepLoader:
         self._shards, self._split, self._masker = shards, split, masker
         self._seed, self._global_batch_tokens = seed, global_batch_tokens
         self._num_micro_batches, self._rank, self._world_size = num_micro_batches, rank, world_size
-        self._pin_memory = pin_memory
+        self._pin_memory, self._row_weights = pin_memory, row_weights
         self._lengths = shards.lengths(split)
         if len(self._lengths) == 0:
             raise ValueError(f"split {split!r} of {shards.directory} is empty, must hold blocks")
@@ -192,11 +195,11 @@ class StepLoader:
             if len(part) == 0:
                 continue
             # Every rank masks the whole step: cheaper than a collective, and the count is exact.
-            batch = _assemble(self._shards, self._split, self._masker, part, self._epoch)
+            batch = assemble_rows(self._shards, self._split, self._masker, part, self._epoch)
             num_items += len(batch.mlm_positions)
             if number % self._world_size == self._rank:
                 own.append((batch, part))
-        micro_batches = [_pack(batch, part, num_items) for batch, part in own]
+        micro_batches = [_pack(batch, part, num_items, self._row_weights) for batch, part in own]
         if self._pin_memory:
             micro_batches = [batch.pin_memory() for batch in micro_batches]
         return Step(step=step, epoch=self._epoch, example_ids=rows, micro_batches=micro_batches)
@@ -225,13 +228,14 @@ def evaluation_batches(
         done = int(ends[start - 1]) if start else 0
         end = int(np.searchsorted(ends, done + max_tokens, side="right"))
         rows = np.arange(start, end, dtype=np.int64)
-        yield _pack(_assemble(shards, split, masker, rows, EVALUATION_EPOCH), rows, None)
+        yield _pack(assemble_rows(shards, split, masker, rows, EVALUATION_EPOCH), rows, None)
         start = end
 
 
-def _assemble(
+def assemble_rows(
     shards: TokenShards, split: Split, masker: SpanMasker, rows: Int64s, epoch: int
 ) -> AssembledBatch:
+    """The blocks `rows` (int64 [B]) of a split, masked, each between [CLS] and [SEP]."""
     values, offsets = shards.gather(split, rows)
     specials = shards.manifest.special_token_ids
     return masker.assemble(
@@ -245,12 +249,18 @@ def _assemble(
     )
 
 
-def _pack(batch: AssembledBatch, rows: Int64s, num_items: int | None) -> PackedBatch:
+def _pack(
+    batch: AssembledBatch,
+    rows: Int64s,
+    num_items: int | None,
+    row_weights: RowWeights | None = None,
+) -> PackedBatch:
     tensors = {name: torch.from_numpy(array) for name, array in batch._asdict().items()}
     return PackedBatch(
         **tensors,
         token_type_ids=torch.zeros_like(tensors["input_ids"]),
         max_seqlen=int(np.diff(batch.cu_seqlens).max()),
         sequence_ids=torch.from_numpy(rows),
+        row_weights=None if row_weights is None else torch.from_numpy(row_weights(batch)),
         num_items=num_items,
     )

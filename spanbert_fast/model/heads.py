@@ -109,6 +109,19 @@ class RowScores(NamedTuple):
     sbo_correct: Tensor
     """bool [N]."""
 
+    def weighted_sums(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both sums of the losses, each loss times its weight: float [M + N], or None for 1."""
+        mlm, sbo = self.mlm_loss, self.sbo_loss
+        if row_weights is None:
+            return mlm.sum(), sbo.sum()
+        num_mlm, num_rows = mlm.shape[0], mlm.shape[0] + sbo.shape[0]
+        if row_weights.shape != (num_rows,):
+            raise ValueError(
+                f"row_weights must have one weight for each of {num_rows} targets, "
+                f"got shape {tuple(row_weights.shape)}"
+            )
+        return (mlm * row_weights[:num_mlm]).sum(), (sbo * row_weights[num_mlm:]).sum()
+
 
 class Heads(nn.Module):
     """Both heads, under the names `cls.predictions` and `cls.span_boundary`."""
@@ -176,6 +189,7 @@ def combine_losses(
     config: Config,
     num_items: int | Tensor | None = None,
     num_sbo_items: int | Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Losses:
     """The loss of a batch, divided by what the whole step has to learn.
 
@@ -189,11 +203,13 @@ def combine_losses(
         num_items: MLM labels of the whole step, over all micro-batches and ranks; None: those of
             this batch.
         num_sbo_items: SBO targets of the whole step; only "reference" reads it.
+        row_weights: [M + N], factor of each cross-entropy in the loss; the denominators and the
+            two means stay as they are.
 
     Raises:
         ValueError: "reference" got `num_items` without `num_sbo_items`.
     """
-    mlm_sum, sbo_sum = scores.mlm_loss.sum(), scores.sbo_loss.sum()
+    mlm_sum, sbo_sum = scores.weighted_sums(row_weights)
     num_mlm, num_sbo = scores.mlm_loss.shape[0], scores.sbo_loss.shape[0]
     step_items = num_mlm if num_items is None else num_items
     if config.loss_normalization == "reference":
@@ -208,6 +224,8 @@ def combine_losses(
         )
     else:
         loss = (mlm_sum + config.sbo_weight * sbo_sum) / _at_least_one(step_items)
+    if row_weights is not None:
+        mlm_sum, sbo_sum = scores.weighted_sums(None)
     return Losses(
         loss, mlm_sum.detach() / _at_least_one(num_mlm), sbo_sum.detach() / _at_least_one(num_sbo)
     )

@@ -232,6 +232,7 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
                 self.config,
                 request.num_items,
                 request.num_sbo_items,
+                batch.row_weights,
             )
         logits = sbo_logits = None
         if self._gives_logits("mlm", request, has_targets["mlm"]):

@@ -83,6 +83,8 @@ class RunStarted:
     num_threads: int
     matmul_flops_per_second: float
     """Measured on this machine just now; what `flop_utilisation` is relative to."""
+    weighting: str = "none"
+    """Weights of the targets in the loss, in words; "none": all 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

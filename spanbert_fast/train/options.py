@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from spanbert_fast.data.loss_weighting import LossWeighting
 from spanbert_fast.train.presets import RECIPES
 
 Preset = Literal["tiny", "small", "base", "large"]
@@ -39,7 +40,7 @@ class PretrainOptions:
     preset: Preset | None = None
     """Size and recipe; tiny unless given."""
     config: Path | None = None
-    """TOML file with any of these options, and tables [model] and [masking]."""
+    """TOML file with any of these options, and tables [model], [masking] and [weighting]."""
     init: str | None = None
     """Continue from this BERT or SpanBERT folder, or hub name, instead of random weights."""
     seed: int | None = None
@@ -90,8 +91,11 @@ class PretrainOptions:
     """Fields of the model that differ from the preset, for example num_hidden_layers 4."""
     masking: dict[str, Value] = field(default_factory=dict)
     """Settings of the span masker that differ from its defaults, for example mask_ratio 0.2."""
+    weighting: dict[str, Value] = field(default_factory=dict)
+    """Weights of the targets in the loss, for example sequence_length 0.5; all 1 unless given."""
 
     def __post_init__(self) -> None:
+        LossWeighting.of(self.weighting)
         if unknown := sorted(set(self.masking) - set(MASKING_KEYS)):
             raise ValueError(f"masking knows {', '.join(MASKING_KEYS)}; got {', '.join(unknown)}")
 
@@ -155,6 +159,7 @@ class Settings:
     model: dict[str, Value]
     masking: dict[str, Value]
     freeze_encoder: bool = False
+    weighting: LossWeighting = field(default_factory=LossWeighting)
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -217,7 +222,7 @@ _DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": False,
     "compile": False,
 }
-_TABLES = ("model", "masking")
+_TABLES = ("model", "masking", "weighting")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -248,7 +253,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     """The settings of a run, and whether it may be resumed inexactly.
 
     What was given in `options` wins over the file, the file over the preset, the preset over the
-    defaults. The tables `model` and `masking` are merged key by key.
+    defaults. The tables `model`, `masking` and `weighting` are merged key by key.
 
     Raises:
         ValueError: An option is missing, unknown or out of range.
@@ -259,6 +264,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     chosen = file | {name: value for name, value in given.items() if value is not None}
     for table in _TABLES:
         chosen[table] = file.get(table, {}) | given[table]
+    chosen["weighting"] = LossWeighting.of(chosen["weighting"])
     inexact = options.allow_inexact_resume or file.get("allow_inexact_resume", False)
     preset = chosen.get("preset", _DEFAULTS["preset"])
     if preset not in RECIPES:

@@ -199,7 +199,10 @@ def _finish(
         examples = span_examples(run.model, run.source.tokenizer, batch)
         emit(ExamplesReady(examples=examples))
     write_examples(examples, output / "examples.json")
-    draw_report(metrics, output / "report.png", f"{settings.preset} on {settings.data.name}")
+    title = f"{settings.preset} on {settings.data.name}"
+    if not settings.weighting.is_uniform:
+        title += f"; loss weights: {settings.weighting}"
+    draw_report(metrics, output / "report.png", title)
     model = save_model(run, evaluation)
     return PretrainSummary(
         output=output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from spanbert_fast.data.loader import Step, StepLoader
+from spanbert_fast.data.loss_weighting import LossWeighting
+from spanbert_fast.data.target_weights import TargetWeights
 from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.train.checkpoint import (
@@ -73,6 +76,8 @@ class Run:
     """Steps that a checkpoint has done."""
     environment: dict[str, Any]
     """What must be equal for a resumed run to be equal bit by bit."""
+    row_weights: TargetWeights | None
+    """Gives the targets of a batch their weights; None: every target weighs 1."""
 
     @property
     def checkpoints(self) -> Path:
@@ -102,6 +107,7 @@ class Run:
             num_micro_batches=self.settings.micro_batches,
             start_step=self.start_step,
             pin_memory=self.device.type == "cuda",
+            row_weights=self.row_weights,
         ) as loader:
             for step in loader:
                 yield step
@@ -162,11 +168,7 @@ def build_run(
         ValueError: The settings do not fit the data, or the run in the output folder.
     """
     source = open_source(settings.data)
-    if settings.eval_every and not source.shards.num_blocks("validation"):
-        raise ValueError(
-            f"{settings.data} has no held-out blocks; prepare it with a larger "
-            "--validation-permille, or choose --eval-every 0"
-        )
+    _check_held_out_blocks(settings, source)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     surroundings = environment(device, precision) | {"data": source.shards.manifest_hash}
@@ -175,6 +177,9 @@ def build_run(
         on_refused=lambda path, reason: emit(CheckpointRefused(path=path, reason=reason)),
     )
     checkpoint = load_checkpoint(found) if found else None
+    weights = source.row_weights(settings.weighting, settings.masking)
+    if weights is not None:
+        surroundings["mean_loss_weight"] = weights.mean
     if checkpoint:
         _check_exactness(settings, surroundings, checkpoint, emit, allow=allow_inexact_resume)
     torch.manual_seed(settings.seed)
@@ -200,6 +205,7 @@ def build_run(
         ),
         start_step=start_step,
         environment=surroundings,
+        row_weights=weights,
     )
     if checkpoint:
         run.restore(checkpoint)
@@ -210,6 +216,14 @@ def build_run(
     _write_description(run)
     emit(_started(run, found, peak))
     return run
+
+
+def _check_held_out_blocks(settings: Settings, source: Source) -> None:
+    if settings.eval_every and not source.shards.num_blocks("validation"):
+        raise ValueError(
+            f"{settings.data} has no held-out blocks; prepare it with a larger "
+            "--validation-permille, or choose --eval-every 0"
+        )
 
 
 def _check_exactness(
@@ -223,7 +237,9 @@ def _check_exactness(
     """Say what differs from the run that wrote the checkpoint; refuse unless allowed."""
     before, now = checkpoint.state["environment"], surroundings
     pairs = [(name, before.get(name), now.get(name)) for name in sorted(before | now)]
-    before, now = checkpoint.state["settings"], settings.as_json()
+    # A run begun before there were weights had none.
+    before = {"weighting": dataclasses.asdict(LossWeighting())} | checkpoint.state["settings"]
+    now = settings.as_json()
     pairs += [(name, before.get(name), now.get(name)) for name in sorted(set(now) - _FREE_SETTINGS)]
     found = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
     if not found:
@@ -259,4 +275,5 @@ def _started(run: Run, found: Path | None, peak: float) -> RunStarted:
         device=run.device.type,
         num_threads=torch.get_num_threads(),
         matmul_flops_per_second=peak,
+        weighting=str(run.settings.weighting),
     )

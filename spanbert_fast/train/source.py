@@ -12,8 +12,10 @@ from torch import Tensor
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.loader import evaluation_batches
+from spanbert_fast.data.loss_weighting import LossWeighting
 from spanbert_fast.data.masking import SpanMasker
 from spanbert_fast.data.shards import TokenShards
+from spanbert_fast.data.target_weights import TargetWeights, measure_weights
 from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
 
 Split = Literal["train", "validation"]
@@ -74,6 +76,21 @@ class Source:
             blocks += batch.num_sequences
             if max_blocks and blocks >= max_blocks:
                 return
+
+    def row_weights(
+        self, weighting: LossWeighting, masking: Mapping[str, Any]
+    ) -> TargetWeights | None:
+        """The weights of training targets; None where all are 1.
+
+        Args:
+            weighting: What the user chose.
+            masking: Arguments of `SpanMasker` that differ from their defaults.
+        """
+        if weighting.is_uniform:
+            return None
+        # No weight depends on the slots of the head, nor may the mean depend on the run's seed.
+        masker = self.masker(seed=_EVALUATION_SEED, max_span_targets=1, settings=masking)
+        return measure_weights(weighting, self.shards, masker)
 
     def token_counts(self) -> Tensor:
         """int64 [V], how often each piece stands in the training split."""

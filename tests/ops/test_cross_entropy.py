@@ -81,6 +81,64 @@ def test_equals_cross_entropy(inputs: list[Tensor], options: dict[str, Any]) -> 
         torch.testing.assert_close(losses(*inputs, **options), result)
 
 
+def test_row_weights_scale_losses_and_gradients(
+    inputs: list[Tensor], options: dict[str, Any]
+) -> None:
+    """Also 0 and negative ones; the prediction is right or wrong whatever the weight."""
+    row_weight = torch.tensor([2.0, 0.0, 0.5, -1.0, 3.0, 1.0, 1e-3, 7.0])
+    rows, *others = inputs
+    result = ops.linear_cross_entropy(
+        rows, *others, NUM_MLM, TARGETS, row_weight=row_weight, **options
+    )
+    expected = plain(*inputs, **options) * row_weight
+    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=1e-12)
+    bare = ops.linear_cross_entropy(rows, *others, NUM_MLM, TARGETS, **options)
+    assert torch.equal(result.correct, bare.correct)
+    ours = torch.autograd.grad(result.loss.sum(), inputs)
+    theirs = torch.autograd.grad(expected.sum(), inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_cost_no_pass_over_the_logits(
+    inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one more product with the matrix nor one more softmax."""
+    calls: list[str] = []
+    for name in ("_logits", "_slope"):
+        function = getattr(cross_entropy_reference, name)
+        monkeypatch.setattr(
+            cross_entropy_reference,
+            name,
+            lambda *arguments, name=name, function=function: (
+                calls.append(name) or function(*arguments)
+            ),
+        )
+    counts = []
+    for weights in (
+        {},
+        {"row_weight": torch.rand(8), "class_weight": torch.rand(11), "label_smoothing": 0.1},
+    ):
+        calls.clear()
+        torch.autograd.grad(losses(*inputs, **weights).sum(), inputs)
+        counts.append(sorted(calls))
+    assert counts[0] == counts[1]
+    assert "_slope" in counts[0]
+
+
+def test_row_weights_keep_the_loss_wide() -> None:
+    inputs = [torch.randn(8, 64), torch.randn(11, 64) * 0.2, torch.randn(11), torch.randn(11)]
+    row_weight = torch.rand(8)
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return losses(*leaves, row_weight=row_weight)
+
+    def theirs(*leaves: Tensor) -> Tensor:
+        return plain(*leaves) * row_weight
+
+    assert ours(*(value.bfloat16() for value in inputs)).dtype is torch.float32
+    assert_obeys_rule(ours, theirs, inputs, torch.bfloat16)
+
+
 def test_correct_and_ignored_rows(inputs: list[Tensor]) -> None:
     best = logits(*inputs).argmax(-1)
     targets = torch.where(torch.arange(8) % 2 == 0, best, (best + 1) % 11)
