@@ -44,6 +44,10 @@ class PretrainOptions:
     """Continue from this BERT or SpanBERT folder, or hub name, instead of random weights."""
     seed: int | None = None
     """Seed of weights, order, masks and dropout; 0 unless given."""
+    seq_length: int | None = None
+    """Refuse shards whose longest sequence is another; their length counts in any case."""
+    attention_window: int | None = None
+    """A token sees others at a distance of at most this; all of its sequence unless given."""
     steps: int | None = None
     """Optimizer steps."""
     global_batch_tokens: int | None = None
@@ -155,6 +159,7 @@ class Settings:
     model: dict[str, Value]
     masking: dict[str, Value]
     freeze_encoder: bool = False
+    seq_length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -259,6 +264,8 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     chosen = file | {name: value for name, value in given.items() if value is not None}
     for table in _TABLES:
         chosen[table] = file.get(table, {}) | given[table]
+    if (window := chosen.get("attention_window")) is not None:
+        chosen["model"]["attention_window"] = window
     inexact = options.allow_inexact_resume or file.get("allow_inexact_resume", False)
     preset = chosen.get("preset", _DEFAULTS["preset"])
     if preset not in RECIPES:
