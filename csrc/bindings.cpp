@@ -117,13 +117,19 @@ void fill_hidden(Array<bool>& out, const Array<std::int64_t>& positions,
 }
 
 void fill_attention(Array<bool>& out, std::int64_t sequence_id, std::int64_t site,
-                    const py::int_& seed, std::int64_t threshold, std::int64_t num_threads) {
+                    const py::int_& seed, std::int64_t threshold, std::int64_t num_threads,
+                    std::int64_t first_query, std::int64_t first_key) {
   if (out.ndim() != 3) throw py::value_error("out must have shape [H, Q, K]");
+  if (first_query < 0 || first_key < 0 || first_key % 8 != 0) {
+    throw py::value_error("first_query is " + std::to_string(first_query) + ", first_key is " +
+                          std::to_string(first_key) + ", must be >= 0, the key a multiple of 8");
+  }
   const DropoutStream stream = dropout_stream(site, seed, threshold);
   const std::size_t threads = check_threads(num_threads);
   bool* const data = out.mutable_data();
   const py::gil_scoped_release release;
-  fill_attention_mask(data, out.shape(0), out.shape(1), out.shape(2), sequence_id, stream, threads);
+  fill_attention_mask(data, out.shape(0), {first_query, out.shape(1), first_key, out.shape(2)},
+                      sequence_id, stream, threads);
 }
 
 Scheme to_scheme(const std::string& name) {
@@ -247,7 +253,7 @@ void bind_random_bits(py::module_& module) {
              "Sets out [T, D] to True where a hidden unit is kept.");
   module.def("fill_attention_mask", &fill_attention, py::arg("out").noconvert(),
              py::arg("sequence_id"), py::arg("site"), py::arg("seed"), py::arg("threshold"),
-             py::arg("num_threads") = 1,
+             py::arg("num_threads") = 1, py::arg("first_query") = 0, py::arg("first_key") = 0,
              "Sets out [H, Q, K] to True where an attention probability is kept.");
 }
 

@@ -18,14 +18,13 @@ KeepStride fastest_stride() noexcept {
   return &keep_stride;
 }
 
-// Writes one row of keep bits, whose first counter is (0, row, plane, site).
-void fill_row(bool* out, std::int64_t num_columns, std::uint32_t row, std::uint32_t plane,
+// Writes one row of keep bits; the counters are those of the first of them.
+void fill_row(bool* out, std::int64_t num_columns, StrideCounters counters,
               const DropoutStream& stream, KeepStride keep) noexcept {
   if (stream.threshold > 0xFFFF) {  // Nothing is kept; a lane of 16 bits could not say so.
     std::memset(out, 0, static_cast<std::size_t>(num_columns));
     return;
   }
-  StrideCounters counters{0, row, plane};
   std::int64_t column = 0;
   for (; column + kStride <= num_columns; column += kStride) {
     keep(out + column, counters, stream);
@@ -56,24 +55,28 @@ void fill_hidden_mask(bool* out, std::int64_t num_tokens, std::int64_t hidden_si
   run_parallel(num_threads, [&](std::size_t index) {
     const std::int64_t end = part_begin(num_tokens, index + 1, num_threads);
     for (std::int64_t token = part_begin(num_tokens, index, num_threads); token < end; ++token) {
-      fill_row(out + token * hidden_size, hidden_size, static_cast<std::uint32_t>(positions[token]),
-               static_cast<std::uint32_t>(sequence_ids[token]), stream, keep);
+      const StrideCounters counters{0, static_cast<std::uint32_t>(positions[token]),
+                                    static_cast<std::uint32_t>(sequence_ids[token])};
+      fill_row(out + token * hidden_size, hidden_size, counters, stream, keep);
     }
   });
 }
 
-void fill_attention_mask(bool* out, std::int64_t num_heads, std::int64_t num_queries,
-                         std::int64_t num_keys, std::int64_t sequence_id,
-                         const DropoutStream& stream, std::size_t num_threads) {
+void fill_attention_mask(bool* out, std::int64_t num_heads, const AttentionTile& tile,
+                         std::int64_t sequence_id, const DropoutStream& stream,
+                         std::size_t num_threads) {
   const auto first_plane = static_cast<std::uint32_t>(static_cast<std::uint64_t>(sequence_id) *
                                                       static_cast<std::uint64_t>(num_heads));
   const KeepStride keep = fastest_stride();
-  const std::int64_t num_rows = num_heads * num_queries;
+  const std::int64_t num_rows = num_heads * tile.num_queries;
+  const auto first_counter = static_cast<std::uint32_t>(tile.first_key / kLanes);
   run_parallel(num_threads, [&](std::size_t index) {
     const std::int64_t end = part_begin(num_rows, index + 1, num_threads);
     for (std::int64_t row = part_begin(num_rows, index, num_threads); row < end; ++row) {
-      fill_row(out + row * num_keys, num_keys, static_cast<std::uint32_t>(row % num_queries),
-               first_plane + static_cast<std::uint32_t>(row / num_queries), stream, keep);
+      const StrideCounters counters{
+          first_counter, static_cast<std::uint32_t>(tile.first_query + row % tile.num_queries),
+          first_plane + static_cast<std::uint32_t>(row / tile.num_queries)};
+      fill_row(out + row * tile.num_keys, tile.num_keys, counters, stream, keep);
     }
   });
 }

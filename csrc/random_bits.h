@@ -23,9 +23,18 @@ void fill_hidden_mask(bool* out, std::int64_t num_tokens, std::int64_t hidden_si
                       const std::int64_t* positions, const std::int64_t* sequence_ids,
                       const DropoutStream& stream, std::size_t num_threads);
 
-// out[h, q, k] = kept, from counter (k div 8, q, sequence_id * num_heads + h, site), lane k mod 8.
-void fill_attention_mask(bool* out, std::int64_t num_heads, std::int64_t num_queries,
-                         std::int64_t num_keys, std::int64_t sequence_id,
-                         const DropoutStream& stream, std::size_t num_threads);
+// The part of an attention matrix that a mask is for.
+struct AttentionTile {
+  std::int64_t first_query;
+  std::int64_t num_queries;
+  std::int64_t first_key;  // a multiple of 8
+  std::int64_t num_keys;
+};
+
+// out[h, q - first_query, k - first_key] = kept, from counter (k div 8, q, sequence_id * num_heads
+// + h, site), lane k mod 8.
+void fill_attention_mask(bool* out, std::int64_t num_heads, const AttentionTile& tile,
+                         std::int64_t sequence_id, const DropoutStream& stream,
+                         std::size_t num_threads);
 
 }  // namespace spanbert_fast

@@ -29,6 +29,8 @@ def fill_attention_mask(
     seed: int,
     threshold: int,
     num_threads: int = 1,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> None: ...
 
 class SpanMasker:

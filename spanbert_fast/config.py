@@ -84,6 +84,9 @@ class Config(BertConfig):  # type: ignore[no-untyped-call]
     loss_normalization: str = "tokens"
     """"tokens": all losses summed, per MLM label (the paper, section 3.2). "reference": the sum of
     two means, as the released code computes it."""
+    attention_window: int | None = None
+    """A token sees those at a distance of at most this, on each side; None: its whole sequence.
+    Longformer counts both sides: its 512 is 256 here."""
     untrained_heads: list[str] = field(default_factory=list)
     """Heads, of "mlm" and "sbo", that hold random weights because no file had them."""
 
@@ -112,6 +115,11 @@ class Config(BertConfig):  # type: ignore[no-untyped-call]
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), got {self.hidden_size}"
+            )
+        if self.attention_window is not None and self._number("attention_window") < 1:
+            raise ValueError(
+                "attention_window must be None or at least 1 (tokens on each side), got "
+                f"{self.attention_window}"
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= (probability := self._number(name)) < 1:

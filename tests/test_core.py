@@ -74,6 +74,16 @@ def test_attention_mask_equals_its_twin(sequence_id: int) -> None:
     assert out.tolist() == expected
 
 
+def test_attention_mask_of_a_tile_is_cut_from_the_whole() -> None:
+    whole, tile = np.empty((3, 40, 139), np.bool_), np.empty((3, 7, 101), np.bool_)
+    _core.fill_attention_mask(whole, 5, 4, 9, 20_000)
+    _core.fill_attention_mask(tile, 5, 4, 9, 20_000, num_threads=2, first_query=13, first_key=24)
+    assert (tile == whole[:, 13:20, 24:125]).all()
+    for place in ({"first_key": 4}, {"first_key": -8}, {"first_query": -1}):
+        with pytest.raises(ValueError, match=r"must be >= 0, the key a multiple of 8"):
+            _core.fill_attention_mask(tile, 5, 4, 9, 20_000, **place)
+
+
 def test_mask_does_not_depend_on_threads() -> None:
     masks = []
     for num_threads in (1, 2, 7):

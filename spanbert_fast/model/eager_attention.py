@@ -34,7 +34,7 @@ def mix_values(
         max_seqlen: See `query`.
         is_eager: Whether the probabilities are wanted.
         inputs: The padded batch by whose columns they are returned; None: by place in the sequence.
-        arguments: Scale and dropout.
+        arguments: Scale, window and dropout.
     """
     if not is_eager:
         return varlen_attention(query, key, value, cu_seqlens, max_seqlen, **arguments), None
@@ -56,12 +56,13 @@ def eager_attention(
     max_seqlen: int,
     *,
     scale: float,
+    window: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed values [T, H, K] and probabilities [B, H, S, S], zero outside a sequence.
+    """Mixed values [T, H, K] and probabilities [B, H, S, S], zero outside sequence and window.
 
     The same numbers as `ops.attention.varlen_attention`, dropout included, one sequence at a time;
     the probabilities are those that were applied, so with dropout in them, as Hugging Face returns
@@ -74,6 +75,7 @@ def eager_attention(
         cu_seqlens: int32 [B + 1].
         max_seqlen: S, at least the length of the longest sequence.
         scale: Factor of the scores.
+        window: A query sees keys at a distance of at most this; None: all keys.
         dropout_p: Probability that a probability is dropped.
         seed: int64 scalar, needed if `dropout_p` is not zero.
         sequence_ids: int64 [B], needed if `dropout_p` is not zero.
@@ -85,6 +87,7 @@ def eager_attention(
         cu_seqlens,
         max_seqlen,
         scale=scale,
+        window=window,
         dropout_p=dropout_p,
         seed=seed,
         sequence_ids=sequence_ids,
@@ -106,6 +109,7 @@ def eager_probabilities(
     max_seqlen: int,
     *,
     scale: float,
+    window: int | None,
     dropout_p: float,
     seed: Tensor | None,
     sequence_ids: Tensor | None,
@@ -118,7 +122,12 @@ def eager_probabilities(
     padded = []
     for index, (start, end) in enumerate(pairwise(bounds)):
         q, k = (tensor[start:end].transpose(0, 1).to(wide) for tensor in (query, key))
-        weights = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        scores = q @ k.transpose(1, 2) * scale
+        if window is not None:
+            places = torch.arange(end - start, device=query.device)
+            far = (places[:, None] - places).abs() > window
+            scores = scores.masked_fill(far, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
         if dropout_p:
             assert seed is not None
             assert sequence_ids is not None

@@ -165,6 +165,7 @@ class SelfAttention(nn.Module):
             layout.cu_seqlens,
             layout.max_seqlen,
             scale=self.head_size**-0.5,
+            window=self.config.attention_window,
             is_eager=layout.wants_probabilities or self.config._attn_implementation == "eager",
             inputs=layout.inputs,
             **layout.dropout(self.dropout_p, self.site),

@@ -108,7 +108,9 @@ def attention_of_words(
     """
     layers = _chosen("layers", scoring.layers, backbone.config.num_hidden_layers)
     heads = _chosen("heads", scoring.heads, backbone.config.num_attention_heads)
-    band = _band_in_pieces(words, scoring.max_words)
+    band, window = _band_in_pieces(words, scoring.max_words), backbone.config.attention_window
+    # Beyond the window there is no attention, so nothing that the log-sum-exp says anything about.
+    band = band if window is None else min(band, window)
     total: Tensor | None = None
     which = torch.tensor(heads, device=states[0].device)
     for layer in layers:
@@ -120,7 +122,7 @@ def attention_of_words(
         )
         scale = owner.head_size**-0.5
         lse = varlen_attention_with_lse(
-            query, key, key, batch.cu_seqlens, batch.max_seqlen, scale=scale
+            query, key, key, batch.cu_seqlens, batch.max_seqlen, scale=scale, window=window
         ).log_sum_exp
         near = banded_attention(query, key, lse, batch.cu_seqlens, scale=scale, band=band)
         total = near if total is None else total + near

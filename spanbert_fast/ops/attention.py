@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spanbert_fast.ops import attention_reference
-from spanbert_fast.ops.attention_reference import Dropout
+from spanbert_fast.ops.attention_planes import Dropout
 from spanbert_fast.ops.dispatch import accelerated
 from spanbert_fast.ops.precision import product_dtype, wide_dtype
 from spanbert_fast.ops.random import dropout_threshold, token_places

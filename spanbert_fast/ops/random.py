@@ -108,7 +108,15 @@ def attention_keep_mask(
 
 
 def plane_keep_mask(
-    planes: Sequence[int], num_queries: int, num_keys: int, threshold: int, seed: Tensor, site: int
+    planes: Sequence[int],
+    num_queries: int,
+    num_keys: int,
+    threshold: int,
+    seed: Tensor,
+    site: int,
+    *,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """The masks of some heads of some sequences: bool [planes, queries, keys].
 
@@ -119,29 +127,40 @@ def plane_keep_mask(
         threshold: Lanes that mean "dropped".
         seed: int64 scalar, the key; the mask is made on its device.
         site: Which dropout of the model this is.
+        first_query: Query of the first row.
+        first_key: Key of the first column, a multiple of 8.
     """
     if seed.device.type != "cpu":
-        return plane_keep_mask_torch(planes, num_queries, num_keys, threshold, seed, site)
+        places = (first_query, first_key)
+        return plane_keep_mask_torch(planes, num_queries, num_keys, threshold, seed, site, *places)
     keep = torch.empty((len(planes), num_queries, num_keys), dtype=torch.bool)
     key, threads = int(seed) & (2**64 - 1), _num_threads(keep.numel())
     buffer = keep.numpy()
     for part in _runs(planes):
         # The counter word is plane = sequence id * H + head, whatever H a call says.
         size = part.stop - part.start
+        place = {"first_query": first_query, "first_key": first_key}
         _core.fill_attention_mask(
-            buffer[part], planes[part.start] // size, site, key, threshold, num_threads=threads
+            buffer[part], planes[part.start] // size, site, key, threshold, threads, **place
         )
     return keep
 
 
 def plane_keep_mask_torch(
-    planes: Sequence[int], num_queries: int, num_keys: int, threshold: int, seed: Tensor, site: int
+    planes: Sequence[int],
+    num_queries: int,
+    num_keys: int,
+    threshold: int,
+    seed: Tensor,
+    site: int,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """The torch twin of `plane_keep_mask`, on any device."""
     device = seed.device
     counters = (
-        torch.arange(-(-num_keys // LANES), device=device),
-        torch.arange(num_queries, device=device)[:, None],
+        torch.arange(-(-num_keys // LANES), device=device) + first_key // LANES,
+        torch.arange(num_queries, device=device)[:, None] + first_query,
         torch.tensor([plane & _LOW for plane in planes], device=device, dtype=torch.int64)[
             :, None, None
         ],

@@ -24,6 +24,7 @@ def build_model(settings: Settings, source: Source) -> Model:
     known = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(set(settings.model) - known):
         raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    source.check_length(settings.seq_length)
     manifest = source.shards.manifest
     if settings.init:
         with without_progress_bars():

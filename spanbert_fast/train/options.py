@@ -45,6 +45,10 @@ class PretrainOptions:
     """Continue from this BERT or SpanBERT folder, or hub name, instead of random weights."""
     seed: int | None = None
     """Seed of weights, order, masks and dropout; 0 unless given."""
+    seq_length: int | None = None
+    """Refuse shards whose longest sequence is another; their length counts in any case."""
+    attention_window: int | None = None
+    """A token sees others at a distance of at most this; all of its sequence unless given."""
     steps: int | None = None
     """Optimizer steps."""
     global_batch_tokens: int | None = None
@@ -160,6 +164,7 @@ class Settings:
     masking: dict[str, Value]
     freeze_encoder: bool = False
     weighting: LossWeighting = field(default_factory=LossWeighting)
+    seq_length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -265,6 +270,8 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     for table in _TABLES:
         chosen[table] = file.get(table, {}) | given[table]
     chosen["weighting"] = LossWeighting.of(chosen["weighting"])
+    if (window := chosen.get("attention_window")) is not None:
+        chosen["model"]["attention_window"] = window
     inexact = options.allow_inexact_resume or file.get("allow_inexact_resume", False)
     preset = chosen.get("preset", _DEFAULTS["preset"])
     if preset not in RECIPES:

@@ -49,6 +49,7 @@ _FREE_SETTINGS = {
     "save_every",
     "keep_checkpoints",
     "language",
+    "seq_length",
     # These four stand in the environment as what became of them.
     "preset",
     "threads",

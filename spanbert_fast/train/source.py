@@ -105,8 +105,21 @@ class Source:
         length = self.shards.manifest.seq_length
         if max_position_embeddings < length:
             raise ValueError(
-                f"{self.path} has sequences of {length} tokens, "
-                f"the model has {max_position_embeddings} positions"
+                f"{self.path} has sequences of {length} tokens, the model has "
+                f"{max_position_embeddings} positions (max_position_embeddings)"
+            )
+
+    def check_length(self, seq_length: int | None) -> None:
+        """Refuse shards of another length than the user expects; None: any will do.
+
+        Raises:
+            ValueError: They have another.
+        """
+        length = self.shards.manifest.seq_length
+        if seq_length not in (None, length):
+            raise ValueError(
+                f"seq_length is {seq_length}, {self.path} was prepared with {length}: prepare the "
+                f"text again with --seq-length {seq_length}"
             )
 
     def check_vocabulary(self, name: str, vocab_size: int) -> None:

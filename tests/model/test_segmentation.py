@@ -80,10 +80,11 @@ def test_banded_attention_has_gradients_and_refuses_bad_shapes() -> None:
         ops.banded_attention(*rows, lse[:5], cu, scale=0.5, band=1)
 
 
-@pytest.mark.parametrize("max_words", [1, 3, 9])
+@pytest.mark.parametrize(("max_words", "window"), [(1, None), (3, None), (9, None), (3, 2)])
 @torch.no_grad()
-def test_scores_follow_the_formula(model: Model, max_words: int) -> None:
+def test_scores_follow_the_formula(model: Model, max_words: int, window: int | None) -> None:
     """Against the attention maps of the eager implementation, pair by pair."""
+    model.config.attention_window = window
     batch, words = batch_and_words()
     scoring = SpanScoring(max_words=max_words, layers=(1,), heads=(0, 3), border_weight=0.7)
     scoring = dataclasses.replace(scoring, stop_probability=0.4)

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional
 
 from spanbert_fast import ops
-from spanbert_fast.ops import attention_reference
+from spanbert_fast.ops import attention_planes
 from spanbert_fast.ops.random import attention_keep_mask, dropout_scale
 
 OPTIONS: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def options(request: pytest.FixtureRequest, seed: Tensor, sequence_ids: Tensor) 
 
 @pytest.fixture(autouse=True, params=[1 << 20, 1], ids=["one block", "plane by plane"])
 def _block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_reference, "_BLOCK_BYTES", request.param)
+    monkeypatch.setattr(attention_planes, "_BLOCK_BYTES", request.param)
 
 
 def test_gradients(options: dict[str, Any], doubles: Callable[..., Tensor]) -> None:

@@ -94,6 +94,13 @@ def test_planes_are_filled_alike_in_any_grouping(planes: list[int], seed: Tensor
         assert torch.equal(mask, plane_keep_mask([plane], 6, 11, 30000, seed, 1)[0])
 
 
+def test_mask_of_a_tile_is_cut_from_the_whole(seed: Tensor) -> None:
+    whole, place = plane_keep_mask([4, 5], 40, 60, 30000, seed, 1), {"first_query": 13}
+    for make in (plane_keep_mask, plane_keep_mask_torch):
+        tile = make([4, 5], 7, 21, 30000, seed, 1, first_key=24, **place)
+        assert torch.equal(tile, whole[:, 13:20, 24:45])
+
+
 def test_threads_change_nothing(seed: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     positions, ids = torch.arange(600), torch.zeros(600, dtype=torch.int64)
     one = hidden_keep_mask(positions, ids, 1024, 0.1, seed, 2)

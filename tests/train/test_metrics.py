@@ -129,6 +129,18 @@ def test_flops_are_those_that_torch_counts_for_hugging_face() -> None:
     assert metrics.model_flops(Config(**fields), every_row) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("window", [1, 5, 11, 40])
+def test_pairs_beyond_the_window_cost_nothing(window: int) -> None:
+    fields = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2}
+    batch = packed((12, 3, 1), 3, 4)
+    near, full = (Config(**fields, attention_window=each) for each in (window, None))
+    pairs = sum(abs(i - j) > window for n in (12, 3, 1) for i in range(n) for j in range(n))
+    # Two products of a forward, four of a backward, a multiply-add counted as 2.
+    expected = 6 * 2 * 16 * near.num_hidden_layers * pairs
+    found = metrics.model_flops(full, batch) - metrics.model_flops(near, batch)
+    assert found == expected
+
+
 def test_span_targets_cost_what_the_factored_head_does() -> None:
     config = Config(vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     with_spans, without = packed((12,), 3, 4), packed((12,), 3, 0)

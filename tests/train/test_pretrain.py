@@ -401,6 +401,29 @@ def test_a_model_that_is_too_short_is_refused(options: MakeOptions, tmp_path: Pa
         pretrain.pretrain(options(tmp_path, model={"max_position_embeddings": 16}))
 
 
+def test_shards_of_another_length_are_refused(options: MakeOptions, tmp_path: Path) -> None:
+    message = r"seq_length is 4096, .*shards was prepared with 32: .*--seq-length 4096"
+    with pytest.raises(ValueError, match=message):
+        pretrain.pretrain(options(tmp_path, seq_length=4096))
+
+
+def test_a_run_with_an_attention_window_resumes_to_the_bit(
+    options: MakeOptions, tmp_path: Path
+) -> None:
+    chosen = {"attention_window": 4, "seq_length": 32, "eval_every": 0, "steps": 6}
+    dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+    chosen |= {"save_every": 2, "model": dropout, "warmup_steps": 1}
+    pretrain.pretrain(options(tmp_path / "whole", **chosen))
+    with pytest.raises(Interrupted):
+        pretrain.pretrain(options(tmp_path / "parts", **chosen), on_event=stop_after(3))
+    pretrain.pretrain(options(tmp_path / "parts", **chosen))
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    config = json.loads((tmp_path / "parts" / "model" / "config.json").read_text())
+    assert config["attention_window"] == 4
+    with pytest.raises(ValueError, match=r"not exact: .*--allow-inexact-resume"):
+        pretrain.pretrain(options(tmp_path / "parts", **chosen | {"attention_window": 5}))
+
+
 @pytest.fixture
 def bert_folder(shards: Path, tmp_path: Path) -> Path:
     """A plain Hugging Face BERT on the vocabulary of the shards."""

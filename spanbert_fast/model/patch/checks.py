@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as bert
 
-from spanbert_fast.model.patch.packed import ATTENTIONS, Packed, is_exact_gelu
+from spanbert_fast.model.patch.packed import ATTENTIONS, Packed, is_exact_gelu, window_of
 
 Part = tuple[str, nn.Module, type[nn.Module]]
 _OUTER: tuple[tuple[str, type[nn.Module]], ...] = (
@@ -59,6 +59,7 @@ def check_encoder(name: str, encoder: bert.BertModel) -> None:
         if value not in allowed:
             listed = " or ".join(map(repr, allowed))
             raise ValueError(f"patch cannot serve {where}: {label} must be {listed}, got {value!r}")
+    window_of(config)
     for path, part, kind in parts_of(name, encoder):
         _check_part(path or where, part, kind)
         act = getattr(part, "intermediate_act_fn", None)

@@ -25,6 +25,7 @@ from spanbert_fast.model.patch.packed import (
     dropout_of,
     is_exact_gelu,
     is_fusable,
+    window_of,
 )
 from spanbert_fast.ops.activation import bias_gelu
 from spanbert_fast.ops.dropout import hidden_dropout
@@ -120,6 +121,7 @@ class PackedSelfAttention(Packed, serves="BertSelfAttention"):
     def runs(self) -> str:
         """See `Packed.runs`."""
         op = "eager_attention" if self._is_eager() else "varlen_attention"
+        op += "" if (window := window_of(self.config)) is None else f", window {window}"
         return op + called_modules(self, query=nn.Linear, key=nn.Linear, value=nn.Linear)
 
     def _is_eager(self) -> bool:
@@ -153,6 +155,7 @@ class PackedSelfAttention(Packed, serves="BertSelfAttention"):
         place = (layout.cu_seqlens, layout.max_seqlen)
         p = float(self.dropout.p) if self.training else 0.0
         arguments = layout.dropout(p, 1 + 3 * packed_call.layer) | {"scale": self.scaling}
+        arguments["window"] = window_of(self.config)
         mixed, probabilities = mix_values(
             query, key, value, *place, is_eager=self._is_eager(), inputs=inputs, **arguments
         )

@@ -116,6 +116,21 @@ def is_exact_gelu(module: nn.Module) -> bool:
     return is_plain(module, GELUActivation)
 
 
+def window_of(config: Any) -> int | None:
+    """The `attention_window` of one of our folders, which Hugging Face's configuration keeps.
+
+    Raises:
+        ValueError: It is neither None nor a number of tokens: somebody else's field of that name.
+    """
+    window = getattr(config, "attention_window", None)
+    if window is None or (type(window) is int and window >= 1):
+        return window
+    raise ValueError(
+        f"attention_window of a patched BERT must be None or at least 1 (tokens on each side), got "
+        f"{window!r}"
+    )
+
+
 def dropout_of(module: nn.Module) -> float | None:
     """The probability of dropping; None if the module has to be called instead."""
     if not is_plain(module, nn.Dropout):
