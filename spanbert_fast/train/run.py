@@ -208,7 +208,11 @@ def build_run(
         start_step=start_step,
         environment=surroundings,
     )
-    _take_up(run, checkpoint, emit, allow_inexact=allow_inexact_resume)
+    try:
+        _take_up(run, checkpoint, emit, allow_inexact=allow_inexact_resume)
+    except CheckpointError:
+        run.log.close()
+        raise
     _write_description(run)
     emit(_started(run, found, peak))
     return run

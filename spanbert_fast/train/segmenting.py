@@ -37,6 +37,9 @@ from spanbert_fast.train.source import Source
 
 # Fixed, so that the spans do not depend on how a step is split.
 _SEGMENTATION_TOKENS = 8_192
+# As `SpanMasker` has them.
+_MAX_SPAN_WORDS = 10
+_GEOMETRIC_P = 0.2
 
 
 class SpanPeriods:
@@ -116,7 +119,7 @@ class SpanPeriods:
 
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         drawn = [torch.from_numpy(self._plan.batch(step)[1]) for step in range(begin, end)]
-        rows: torch.Tensor = torch.unique(torch.cat(drawn))  # type: ignore[no-untyped-call]
+        rows: torch.Tensor = torch.unique(torch.cat(drawn))
         return rows
 
     def _path(self, step: int) -> Path:
@@ -187,9 +190,11 @@ class SpanPeriods:
 
 
 def scoring_of(masking: Mapping[str, Any]) -> SpanScoring:
-    """How attention becomes scores: `max_span_words` and `geometric_p` are those of the spans."""
-    default = SpanScoring()
+    """How attention becomes scores under the settings of a masker.
+
+    Its law of span lengths, `geometric_p`, is the prior, and `max_span_words` is the longest span.
+    """
     return SpanScoring(
-        max_words=masking.get("max_span_words", default.max_words),
-        stop_probability=masking.get("geometric_p", default.stop_probability),
+        max_words=masking.get("max_span_words", _MAX_SPAN_WORDS),
+        stop_probability=masking.get("geometric_p", _GEOMETRIC_P),
     )
