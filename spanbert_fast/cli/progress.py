@@ -93,6 +93,12 @@ class PretrainView(_View):
                     f"{figure(result.mlm_accuracy)}; SBO loss {figure(result.sbo_loss)}, "
                     f"accuracy {figure(result.sbo_accuracy)}"
                 )
+            case training.Segmented():
+                self.line(
+                    f"step {event.step}: {event.blocks:,} blocks segmented up to step "
+                    f"{event.last_step}: {event.spans_per_block:.1f} spans in each, "
+                    f"{event.words_per_span:.2f} words in a span ({event.seconds:.1f} s)"
+                )
             case training.CheckpointSaved(step=step, path=path, seconds=seconds):
                 self.line(f"step {step}: checkpoint {path} ({seconds:.1f} s)")
             case training.CheckpointRefused(path=path, reason=reason):

@@ -85,6 +85,11 @@ class SpanMaskingCollator:
         if scheme == "tagged":
             raise ValueError("scheme is 'tagged', must be spanbert, whole_word or token: "
                              "examples have no tags")  # fmt: skip
+        if scheme == "segments":
+            raise ValueError(
+                "scheme is 'segments', must be spanbert, whole_word or token: a collator has no "
+                "model that predicts spans, `spanbert-fast pretrain --scheme segments` has"
+            )
         if pad_to_multiple_of is not None:
             check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31 - 1)
         tokenizers.check_case(tokenizer)

@@ -16,7 +16,8 @@ import torch
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.manifest import SPECIAL_TOKENS_PER_BLOCK, Split
 from spanbert_fast.data.masking import AssembledBatch, SpanMasker
-from spanbert_fast.data.plan import EpochPlan, split_rows
+from spanbert_fast.data.plan import StepPlan, split_rows
+from spanbert_fast.data.segments import SegmentMasker
 from spanbert_fast.data.shards import TokenShards
 
 Int64s = npt.NDArray[np.int64]
@@ -40,7 +41,7 @@ class Step:
 
 
 class StepLoader:
-    """An endless iterator of `Step`, a pure function of its arguments.
+    """An iterator of `Step`, a pure function of its arguments.
 
     Neither prefetching nor the number of ranks or micro-batches changes which blocks a step has or
     how they are masked, and starting at step n gives what running to step n gives. Use it as a
@@ -51,12 +52,13 @@ class StepLoader:
         self,
         shards: TokenShards,
         split: Split,
-        masker: SpanMasker,
+        masker: SpanMasker | SegmentMasker,
         *,
         seed: int,
         global_batch_tokens: int,
         num_micro_batches: int,
         start_step: int = 0,
+        stop_step: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 4,
@@ -73,6 +75,7 @@ class StepLoader:
             global_batch_tokens: real tokens of a step over all micro-batches and ranks.
             num_micro_batches: parts into which a rank's share of a step is split.
             start_step: first step to deliver; steps count over all epochs.
+            stop_step: the step before which it ends; None: it does not end.
             rank: whose share to deliver.
             world_size: number of ranks.
             prefetch: steps that may wait ready.
@@ -93,18 +96,26 @@ class StepLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, must be in [0, {world_size - 1}]")
         self._shards, self._split, self._masker = shards, split, masker
-        self._seed, self._global_batch_tokens = seed, global_batch_tokens
         self._num_micro_batches, self._rank, self._world_size = num_micro_batches, rank, world_size
         self._pin_memory, self._row_weights = pin_memory, row_weights
         self._lengths = shards.lengths(split)
         if len(self._lengths) == 0:
             raise ValueError(f"split {split!r} of {shards.directory} is empty, must hold blocks")
-        self._plan, self._epoch, self._first_step = self._locate(start_step)
-        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=prefetch)
+        self._plan = StepPlan(
+            self._lengths,
+            seed=seed,
+            global_batch_tokens=global_batch_tokens,
+            manifest_hash=shards.manifest_hash,
+        )
+        # None: there is no step any more.
+        self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
-            target=self._produce, args=(start_step,), name="spanbert-fast-loader", daemon=True
+            target=self._produce,
+            args=(start_step, stop_step),
+            name="spanbert-fast-loader",
+            daemon=True,
         )
         self._thread.start()
 
@@ -122,6 +133,9 @@ class StepLoader:
             if isinstance(result, BaseException):
                 self._failure = result
                 raise result
+            if result is None:
+                self._closed.set()
+                break
             return result
         raise StopIteration
 
@@ -141,45 +155,23 @@ class StepLoader:
     ) -> None:
         self.close()
 
-    def _make_plan(self, epoch: int) -> EpochPlan:
-        return EpochPlan(
-            self._lengths,
-            seed=self._seed,
-            epoch=epoch,
-            global_batch_tokens=self._global_batch_tokens,
-            manifest_hash=self._shards.manifest_hash,
-        )
-
-    def _locate(self, step: int) -> tuple[EpochPlan, int, int]:
-        """The plan that holds `step`, its epoch, and its first step."""
-        epoch, first = 0, 0
-        while step >= first + (plan := self._make_plan(epoch)).num_batches:
-            first += plan.num_batches
-            epoch += 1
-        return plan, epoch, first
-
-    def _produce(self, step: int) -> None:
-        while not self._closed.is_set():
-            result: Step | BaseException
+    def _produce(self, step: int, stop_step: int | None) -> None:
+        while not self._closed.is_set() and step != stop_step:
             rows: Int64s | None = None
             try:
-                if step == self._first_step + self._plan.num_batches:
-                    self._epoch += 1
-                    self._first_step = step
-                    self._plan = self._make_plan(self._epoch)
-                rows = self._plan.batch(step - self._first_step)
-                result = self._assemble_step(step, rows)
+                epoch, rows = self._plan.batch(step)
+                self._offer(self._assemble_step(step, epoch, rows))
             except Exception as error:  # noqa: BLE001  # The consumer's thread raises it.
-                result = RuntimeError(
+                failure = RuntimeError(
                     f"step {step}, blocks {None if rows is None else rows.tolist()}: {error}"
                 )
-                result.__cause__ = error
-            self._offer(result)
-            if isinstance(result, BaseException):
+                failure.__cause__ = error
+                self._offer(failure)
                 return
             step += 1
+        self._offer(None)
 
-    def _offer(self, result: Step | BaseException) -> None:
+    def _offer(self, result: Step | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
                 self._ready.put(result, timeout=_POLL_SECONDS)
@@ -187,7 +179,7 @@ class StepLoader:
                 continue
             return
 
-    def _assemble_step(self, step: int, rows: Int64s) -> Step:
+    def _assemble_step(self, step: int, epoch: int, rows: Int64s) -> Step:
         parts = split_rows(rows, self._lengths, self._num_micro_batches * self._world_size)
         own: list[tuple[AssembledBatch, Int64s]] = []
         num_items = 0
@@ -195,14 +187,14 @@ class StepLoader:
             if len(part) == 0:
                 continue
             # Every rank masks the whole step: cheaper than a collective, and the count is exact.
-            batch = assemble_rows(self._shards, self._split, self._masker, part, self._epoch)
+            batch = assemble_rows(self._shards, self._split, self._masker, part, epoch)
             num_items += len(batch.mlm_positions)
             if number % self._world_size == self._rank:
                 own.append((batch, part))
         micro_batches = [_pack(batch, part, num_items, self._row_weights) for batch, part in own]
         if self._pin_memory:
             micro_batches = [batch.pin_memory() for batch in micro_batches]
-        return Step(step=step, epoch=self._epoch, example_ids=rows, micro_batches=micro_batches)
+        return Step(step=step, epoch=epoch, example_ids=rows, micro_batches=micro_batches)
 
 
 def evaluation_batches(
@@ -233,7 +225,11 @@ def evaluation_batches(
 
 
 def assemble_rows(
-    shards: TokenShards, split: Split, masker: SpanMasker, rows: Int64s, epoch: int
+    shards: TokenShards,
+    split: Split,
+    masker: SpanMasker | SegmentMasker,
+    rows: Int64s,
+    epoch: int,
 ) -> AssembledBatch:
     """The blocks `rows` (int64 [B]) of a split, masked, each between [CLS] and [SEP]."""
     values, offsets = shards.gather(split, rows)

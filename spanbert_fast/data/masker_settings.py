@@ -44,6 +44,12 @@ class MaskerSettings:
         check_integer("max_span_words", self.max_span_words, 1, MAX_SPAN_WORDS)
         check_integer("min_span_words", self.min_span_words, 1, self.max_span_words)
         check_integer("max_span_targets", self.max_span_targets, 1, 2**31 - 1)
+        if self.scheme == "segments":
+            raise ValueError(
+                "scheme is 'segments', which needs a model that predicts the spans: "
+                "`spanbert-fast pretrain --scheme segments` has one; spans of your own go with "
+                "the scheme 'tagged'"
+            )
         check_choice("scheme", self.scheme, SCHEMES)
         check_choice("replacement", self.replacement, REPLACEMENTS)
         check_real("tag_probability", self.tag_probability)

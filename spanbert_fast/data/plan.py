@@ -152,6 +152,35 @@ class EpochPlan:
         return np.array(cuts, np.int64)
 
 
+class StepPlan:
+    """The blocks of every step of a run; steps count from 0 over all epochs."""
+
+    def __init__(
+        self, lengths: Int32s, *, seed: int, global_batch_tokens: int, manifest_hash: str
+    ) -> None:
+        """Takes the arguments of `EpochPlan`, for all epochs."""
+        self._make = functools.partial(
+            EpochPlan,
+            lengths,
+            seed=seed,
+            global_batch_tokens=global_batch_tokens,
+            manifest_hash=manifest_hash,
+        )
+        self._begin_epoch(0, 0)
+
+    def batch(self, step: int) -> tuple[int, Int64s]:
+        """The epoch of a step, and its rows (int64 [B]); cheapest where steps are asked in turn."""
+        if step < self._first_step:
+            self._begin_epoch(0, 0)
+        while step >= (end := self._first_step + self._plan.num_batches):
+            self._begin_epoch(self._epoch + 1, end)
+        return self._epoch, self._plan.batch(step - self._first_step)
+
+    def _begin_epoch(self, epoch: int, first_step: int) -> None:
+        self._plan = self._make(epoch=epoch)
+        self._epoch, self._first_step = epoch, first_step
+
+
 def split_rows(rows: Int64s, lengths: Int32s, num_parts: int) -> list[Int64s]:
     """Deals rows to `num_parts` parts of nearly equal numbers of tokens.
 

@@ -125,7 +125,7 @@ class TokenShards:
     def unigram_counts(self) -> Int64s:
         """int64 [V], how often each id stands in the training split."""
         file = self.manifest.unigram_counts
-        table = _read_table(self.directory / file.name, pa.schema([("count", pa.int64())]))
+        table = read_stream(self.directory / file.name, pa.schema([("count", pa.int64())]))
         counts: Int64s = table.column("count").to_numpy()
         if len(counts) != self.manifest.vocab_size:
             raise ValueError(
@@ -175,7 +175,12 @@ def _check_file(directory: Path, file: ShardFile, *, verify: bool) -> None:
             raise ValueError(f"{path} has sha256 {found}, manifest says {file.sha256}")
 
 
-def _read_table(path: Path, schema: Any) -> Any:
+def read_stream(path: Path, schema: Any) -> Any:
+    """The table in an Arrow IPC stream, mapped into memory.
+
+    Raises:
+        ValueError: it is none, or has other columns than `schema`.
+    """
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid as error:
@@ -198,7 +203,7 @@ def shard_schema(dtype: str) -> Any:
 def _map_file(directory: Path, file: ShardFile, manifest: Manifest, *, verify: bool) -> list[Rows]:
     """The record batches of a shard as views of the mapped file."""
     path = directory / file.name
-    column = _read_table(path, shard_schema(manifest.dtype)).column("input_ids")
+    column = read_stream(path, shard_schema(manifest.dtype)).column("input_ids")
     if len(column) != file.rows:
         raise ValueError(f"{path} has {len(column)} rows, manifest says {file.rows}")
     if column.null_count:

@@ -110,6 +110,20 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segmented:
+    """The model predicted the spans that the next steps mask."""
+
+    step: int
+    """First step that masks them, counted from 1."""
+    last_step: int
+    blocks: int
+    """Blocks that these steps draw."""
+    spans_per_block: float
+    words_per_span: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """The model was evaluated on the held-out blocks."""
 
@@ -176,6 +190,7 @@ class RunFinished:
 Event = (
     RunStarted
     | Progress
+    | Segmented
     | Evaluated
     | CheckpointSaved
     | CheckpointRefused

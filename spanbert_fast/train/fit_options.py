@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spanbert_fast.train.options import MASKING_KEYS, Device, Precision, Value
+from spanbert_fast.train.scheme import check_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +61,4 @@ class FitHeadsOptions:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
         if unknown := sorted(set(self.masking) - set(MASKING_KEYS)):
             raise ValueError(f"masking knows {', '.join(MASKING_KEYS)}; got {', '.join(unknown)}")
+        check_scheme(self.masking, None, freeze_encoder=True)

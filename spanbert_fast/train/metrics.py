@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.outputs import SpanBertOutput
-from spanbert_fast.train.events import EvaluationResult, Progress
+from spanbert_fast.train.events import EvaluationResult, Progress, Segmented
 
 _LONGEST_PROBE_SECONDS = 0.2
 
@@ -43,6 +43,10 @@ class MetricsLog:
     def evaluation(self, step: int, result: EvaluationResult) -> None:
         """Write a line of kind "evaluation"."""
         self._write("evaluation", {"step": step, **dataclasses.asdict(result)})
+
+    def segmentation(self, segmented: Segmented) -> None:
+        """Write a line of kind "segmentation"."""
+        self._write("segmentation", dataclasses.asdict(segmented))
 
     def sync(self) -> None:
         """Bring all lines to the disk: before a checkpoint that says they are there."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from spanbert_fast.data.loss_weighting import LossWeighting
 from spanbert_fast.train.presets import RECIPES
+from spanbert_fast.train.scheme import Scheme, check_scheme, masking_table
 
 Preset = Literal["tiny", "small", "base", "large"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -67,6 +68,10 @@ class PretrainOptions:
     """Decay every parameter and use epsilon 1e-8, as the released command does."""
     unigram_bias: bool | None = None
     """Begin with output biases at the logarithm of the token counts instead of at 0."""
+    scheme: Scheme | None = None
+    """What is masked: random spans (spanbert), words, tokens, or predicted spans (segments)."""
+    segment_every: int | None = None
+    """Steps between two predictions of spans by the model; for segments alone, which need it."""
     log_every: int | None = None
     """Steps between two lines of metrics."""
     eval_every: int | None = None
@@ -165,6 +170,7 @@ class Settings:
     freeze_encoder: bool = False
     weighting: LossWeighting = field(default_factory=LossWeighting)
     seq_length: int | None = None
+    segment_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -186,6 +192,7 @@ class Settings:
         for name in ("reference_optimizer", "unigram_bias", "activation_checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_scheme(self.masking, self.segment_every, freeze_encoder=self.freeze_encoder)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}"
@@ -272,6 +279,7 @@ def resolve(options: PretrainOptions) -> tuple[Settings, bool]:
     chosen["weighting"] = LossWeighting.of(chosen["weighting"])
     if (window := chosen.get("attention_window")) is not None:
         chosen["model"]["attention_window"] = window
+    chosen["masking"] = masking_table(file) | masking_table(given)
     inexact = options.allow_inexact_resume or file.get("allow_inexact_resume", False)
     preset = chosen.get("preset", _DEFAULTS["preset"])
     if preset not in RECIPES:

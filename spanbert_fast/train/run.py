@@ -37,6 +37,7 @@ from spanbert_fast.train.machine import (
 from spanbert_fast.train.metrics import Meter, MetricsLog, matmul_flops_per_second
 from spanbert_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from spanbert_fast.train.options import Settings
+from spanbert_fast.train.segmenting import SpanPeriods
 from spanbert_fast.train.source import Source, open_source
 
 # What may differ between the parts of one run without changing a bit of its weights.
@@ -79,6 +80,8 @@ class Run:
     """What must be equal for a resumed run to be equal bit by bit."""
     row_weights: TargetWeights | None
     """Gives the targets of a batch their weights; None: every target weighs 1."""
+    periods: SpanPeriods | None = None
+    """Predicted spans, if the scheme is `segments`."""
 
     @property
     def checkpoints(self) -> Path:
@@ -91,29 +94,32 @@ class Run:
         return self.settings.eval_every > 0
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left; a function of settings and data alone."""
-        if self.start_step >= self.settings.steps:
-            return
+        """The steps that are left; a function of settings and data alone.
+
+        With the scheme `segments` also of the model as it is whenever a period of steps begins.
+        """
         masker = self.source.masker(
             seed=self.settings.seed,
             max_span_targets=self.model.config.max_span_targets,
             settings=self.settings.masking,
         )
-        with StepLoader(
-            self.source.shards,
-            "train",
-            masker,
-            seed=self.settings.seed,
-            global_batch_tokens=self.settings.global_batch_tokens,
-            num_micro_batches=self.settings.micro_batches,
-            start_step=self.start_step,
-            pin_memory=self.device.type == "cuda",
-            row_weights=self.row_weights,
-        ) as loader:
-            for step in loader:
-                yield step
-                if step.step + 1 == self.settings.steps:
-                    return
+        step, stop = self.start_step, self.settings.steps
+        while step < stop:
+            chooser, end = self.periods.enter(step, masker) if self.periods else (masker, stop)
+            with StepLoader(
+                self.source.shards,
+                "train",
+                chooser,
+                seed=self.settings.seed,
+                global_batch_tokens=self.settings.global_batch_tokens,
+                num_micro_batches=self.settings.micro_batches,
+                start_step=step,
+                stop_step=end,
+                pin_memory=self.device.type == "cuda",
+                row_weights=self.row_weights,
+            ) as loader:
+                yield from loader
+            step = end
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of a forward pass."""
@@ -133,6 +139,7 @@ class Run:
                 "scale": self.scale.state(),
                 "tokens": self.meter.tokens,
                 "untrained_heads": self.model.config.untrained_heads,
+                "spans": self.periods.state if self.periods else None,
             },
         }
 
@@ -208,15 +215,36 @@ def build_run(
         environment=surroundings,
         row_weights=weights,
     )
+    try:
+        _take_up(run, checkpoint, emit, allow_inexact=allow_inexact_resume)
+    except CheckpointError:
+        run.log.close()
+        raise
+    _write_description(run)
+    emit(_started(run, found, peak))
+    return run
+
+
+def _take_up(
+    run: Run,
+    checkpoint: Checkpoint | None,
+    emit: Callable[[Event], None],
+    *,
+    allow_inexact: bool,
+) -> None:
+    """Bring a new run to where its next step begins."""
+    settings, model = run.settings, run.model
     if checkpoint:
         run.restore(checkpoint)
+    if settings.segment_every:
+        run.periods = SpanPeriods(settings, run.source, model, run.autocast, run.log, emit)
+        if checkpoint:
+            spans = checkpoint.state.get("spans")
+            run.periods.restore(checkpoint.step, spans, allow=allow_inexact)
     model.train()
     if settings.freeze_encoder:
         # The hidden states that the heads will meet in use: no dropout.
         model.bert.train(False)
-    _write_description(run)
-    emit(_started(run, found, peak))
-    return run
 
 
 def _check_held_out_blocks(settings: Settings, source: Source) -> None:

@@ -14,9 +14,11 @@ from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.loader import evaluation_batches
 from spanbert_fast.data.loss_weighting import LossWeighting
 from spanbert_fast.data.masking import SpanMasker
+from spanbert_fast.data.segments import WordBatch, word_batches
 from spanbert_fast.data.shards import TokenShards
 from spanbert_fast.data.target_weights import TargetWeights, measure_weights
 from spanbert_fast.data.tokenizer import load_tokenizer, word_starts
+from spanbert_fast.train.scheme import SEGMENTS
 
 Split = Literal["train", "validation"]
 
@@ -46,17 +48,40 @@ class Source:
         Args:
             seed: Of the masks.
             max_span_targets: Slots of the span boundary head.
-            settings: Arguments of `SpanMasker` that differ from their defaults.
+            settings: Arguments of `SpanMasker` that differ from their defaults; with the scheme
+                `segments`, whose spans are given to each call, it is `tagged` and takes no others.
         """
-        ids = self.shards.manifest.special_token_ids
+        if settings.get("scheme") == SEGMENTS:
+            kept = {k: v for k, v in settings.items() if k in ("mask_ratio", "replacement")}
+            settings = kept | {"scheme": "tagged", "tag_probability": 1.0}
         arguments: dict[str, Any] = {
-            "mask_token_id": ids["mask"],
-            "special_token_ids": [ids[name] for name in ("pad", "cls", "sep", "mask")],
+            "mask_token_id": self.shards.manifest.special_token_ids["mask"],
+            "special_token_ids": self._unmaskable_ids(),
             "replacement_ids": self.shards.replacement_sample(),
             "max_span_targets": max_span_targets,
             "seed": seed,
         }
         return SpanMasker(word_starts(self.tokenizer), **arguments, **settings)
+
+    def word_batches(self, rows: Any, *, max_tokens: int) -> Iterator[WordBatch]:
+        """Blocks of the training split and where their words lie, as the masker sees them.
+
+        Args:
+            rows: int64 array [any], the blocks.
+            max_tokens: Of a batch.
+        """
+        return word_batches(
+            self.shards,
+            "train",
+            rows,
+            word_starts=word_starts(self.tokenizer),
+            special_token_ids=self._unmaskable_ids(),
+            max_tokens=max_tokens,
+        )
+
+    def _unmaskable_ids(self) -> list[int]:
+        ids = self.shards.manifest.special_token_ids
+        return [ids[name] for name in ("pad", "cls", "sep", "mask")]
 
     def evaluation_batches(
         self, split: Split, *, max_span_targets: int, max_blocks: int = 0
@@ -85,9 +110,22 @@ class Source:
         Args:
             weighting: What the user chose.
             masking: Arguments of `SpanMasker` that differ from their defaults.
+
+        Raises:
+            ValueError: Weights by span length with the scheme `segments`, whose spans are not yet
+                known when the mean is measured.
         """
         if weighting.is_uniform:
             return None
+        if masking.get("scheme") == SEGMENTS:
+            if weighting.span_length:
+                raise ValueError(
+                    f"weighting span_length is {weighting.span_length}, must be 0 with the scheme "
+                    "'segments': the spans come from the model as it learns, so that the corpus "
+                    "mean of such weights is not known"
+                )
+            # The other weights ask how many pieces of a block are masked, not which.
+            masking = {k: v for k, v in masking.items() if k in ("mask_ratio", "replacement")}
         # No weight depends on the slots of the head, nor may the mean depend on the run's seed.
         masker = self.masker(seed=_EVALUATION_SEED, max_span_targets=1, settings=masking)
         return measure_weights(weighting, self.shards, masker)
