@@ -23,7 +23,8 @@ from spanbert_fast.data.tokenizer import load_tokenizer
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.model.span_scores import SpanScoring
 from spanbert_fast.model.span_segmenter import SpanSegmenter
-from spanbert_fast.tasks.segment import find_words, segment
+from spanbert_fast.tasks.segment import segment
+from spanbert_fast.tasks.words import find_words
 
 _STOP_WORDS = """
     a an the this that these those of in on at by for with from to into as and or but if not no

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spanbert_fast.tasks.segment import segment as segment
     from spanbert_fast.tasks.span_embeddings import SpanEmbeddings as SpanEmbeddings
     from spanbert_fast.tasks.span_embeddings import span_embeddings as span_embeddings
+    from spanbert_fast.tasks.windows import Windows as Windows
     from spanbert_fast.train.callback import SpanMaskingCallback as SpanMaskingCallback
     from spanbert_fast.train.trainer import Trainer as Trainer
 
@@ -45,6 +46,7 @@ _HOMES = {
     "SpanScoring": "spanbert_fast.model.span_scores",
     "SpanSegmenter": "spanbert_fast.model.span_segmenter",
     "Trainer": "spanbert_fast.train.trainer",
+    "Windows": "spanbert_fast.tasks.windows",
     "fill_span": "spanbert_fast.tasks.fill",
     "patch": "spanbert_fast.model.patch",
     "segment": "spanbert_fast.tasks.segment",

@@ -68,6 +68,7 @@ def _run_fill(options: Any, as_json: bool) -> int:
     from spanbert_fast.data.tokenizer import load_tokenizer
     from spanbert_fast.model.pretrained import Model
     from spanbert_fast.tasks.fill import fill_span
+    from spanbert_fast.tasks.options import chosen_windows
 
     _hide_progress_bars()
     _check_name(options.model)
@@ -83,6 +84,7 @@ def _run_fill(options: Any, as_json: bool) -> int:
         head=options.head,
         length=options.length,
         allow_untrained_heads=options.allow_untrained_heads,
+        windows=chosen_windows(options),
     )
     render.filled(texts, found, as_json)
     return 0

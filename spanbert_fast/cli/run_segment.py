@@ -12,6 +12,7 @@ def run_segment(options: Any, as_json: bool) -> int:
     from spanbert_fast.data.tokenizer import load_tokenizer
     from spanbert_fast.model.pretrained import Model
     from spanbert_fast.model.span_scores import SpanScoring
+    from spanbert_fast.tasks.options import chosen_windows
     from spanbert_fast.tasks.segment import segment
 
     texts = list(options.text) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -32,6 +33,7 @@ def run_segment(options: Any, as_json: bool) -> int:
         texts,
         scoring=scoring,
         respect_sentences=options.respect_sentences,
+        windows=chosen_windows(options),
     )
     view.segmented(texts, found, as_json)
     if options.html is not None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from spanbert_fast.config import HEADS
 from spanbert_fast.model.files import check_indices, unpickling_reason
+from spanbert_fast.model.positions import POSITION_EXTENSIONS, check_extension, extend_positions
 
 _HEAD_PREFIXES = {"mlm": "cls.predictions.", "sbo": "cls.span_boundary."}
 _TIED_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
@@ -42,7 +43,9 @@ class ReportedLoading:
 
         Args:
             args: As in Hugging Face, first the folder or the name of the repository.
-            kwargs: As in Hugging Face; `use_safetensors=True` forbids `pytorch_model.bin`.
+            kwargs: As in Hugging Face; `use_safetensors=True` forbids `pytorch_model.bin`. With
+                `position_extension="interpolate"` or `"tile"` the position table is made
+                `max_position_embeddings` long, for longer texts; see `extended_table`.
 
         Returns:
             The model in evaluation mode; with `output_loading_info=True` a pair of it and Hugging
@@ -50,13 +53,18 @@ class ReportedLoading:
 
         Raises:
             ValueError: Weights of the encoder are missing, a file is damaged, wants to run code or
-                does not fit its configuration, or `weights_only=False`.
+                does not fit its configuration, `weights_only=False`, or the position table is to
+                have another length and no way is named, or an unknown one.
         """
         if kwargs.get("weights_only", True) is not True:
             raise ValueError(
                 f"weights_only must be True, got {kwargs['weights_only']!r}: a pickle that holds "
                 "more than tensors can run any code"
             )
+        extension: tuple[str, int] | None = None
+        if (way := kwargs.pop("position_extension", None)) is not None:
+            # The weights are read at the length that they have.
+            extension = check_extension(way, kwargs.pop("max_position_embeddings", None))
         wants_report = kwargs.pop("output_loading_info", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if isinstance(source, str | os.PathLike) and os.path.isdir(source):
@@ -64,6 +72,8 @@ class ReportedLoading:
         parent: Any = super()
         with _naming_damage(source):
             model, report = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
+        if extension is not None:
+            extend_positions(model.bert, model.config, extension[1], extension[0])
         report |= model.__dict__.pop("_names_not_loaded", {})
         if kwargs.get("state_dict") == {}:  # no weights by request, as from a configuration
             return (model, report) if wants_report else model
@@ -99,11 +109,13 @@ class ReportedLoading:
         _check_files(model, model._files)
         load = super(ReportedLoading, type(model))._load_pretrained_model  # type: ignore[misc]
         try:
-            return load(model, state_dict, checkpoint_files, *args, **kwargs)
+            loaded = load(model, state_dict, checkpoint_files, *args, **kwargs)
         # Pickles may hold anything where a state dict belongs.
         except (TypeError, AttributeError, KeyError) as error:
             where = ", ".join(map(str, model._files))
             raise ValueError(f"{where}: holds no state dict ({error})") from error
+        _check_positions(model, loaded[0].mismatched_keys)
+        return loaded
 
     def tie_weights(
         self, missing_keys: set[str] | None = None, recompute_mapping: bool = True
@@ -127,6 +139,19 @@ class ReportedLoading:
         self._names_not_loaded = {name: getattr(loading_info, name) for name in names}
         for name in names:
             setattr(loading_info, name, set())
+
+
+def _check_positions(model: Any, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Refuses a position table of another length: a random one would ruin the encoder."""
+    for name, found, expected in mismatched:
+        if not name.endswith("embeddings.position_embeddings.weight") or found[1:] != expected[1:]:
+            continue
+        ways = " or ".join(f"position_extension={way!r}" for way in POSITION_EXTENSIONS)
+        advice = f"; {ways} makes it longer" if found[0] < expected[0] else ""
+        raise ValueError(
+            f"{model.config.name_or_path}: the position table has {found[0]} rows, "
+            f"max_position_embeddings asks for {expected[0]}{advice}"
+        )
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spanbert_fast.model.positions import LONGER_TEXTS
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -125,7 +127,7 @@ def find_rows(
     if rows.max_seqlen > sizes.max_position_embeddings:
         raise ValueError(
             f"a sequence may have {sizes.max_position_embeddings} tokens "
-            f"(max_position_embeddings), got {rows.max_seqlen}"
+            f"(max_position_embeddings), got {rows.max_seqlen}. {LONGER_TEXTS}"
         )
     return rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -26,6 +27,16 @@ from spanbert_fast.tasks.mask_runs import (
     try_lengths,
 )
 from spanbert_fast.tasks.ranking import k_best
+from spanbert_fast.tasks.texts import (
+    Extent,
+    check_texts,
+    cut,
+    encode_texts,
+    pack,
+    passes,
+    special_edges,
+)
+from spanbert_fast.tasks.windows import Windows, windows_of_choice
 
 
 class FilledSpan(NamedTuple):
@@ -56,13 +67,14 @@ def fill_span(
     head: HeadChoice = "auto",
     length: tuple[int, int] | None = None,
     allow_untrained_heads: bool = False,
+    windows: Windows | bool = False,
+    batch_tokens: int | None = None,
 ) -> list[list[FilledSpan]]:
     """The `top_k` most probable fillings of every run of [MASK], best first.
 
     A run is a maximal sequence of mask tokens. Each position of a run has one distribution over the
     vocabulary, and the score of a candidate is the product over the positions. The `top_k` best of
-    all sequences of ordinary vocabulary entries (special tokens never fill) are found exactly. All
-    texts go through one unpadded forward pass.
+    all sequences of ordinary vocabulary entries (special tokens never fill) are found exactly.
 
     `head="mlm"` and `"sbo"` use one head. `"auto"` uses every trained head that applies to the run;
     where both do, their log-probabilities are added at each position and normalised again over the
@@ -80,6 +92,10 @@ def fill_span(
             every length is tried, all with the same heads, and candidates are ranked by the mean of
             their tokens' log-probabilities.
         allow_untrained_heads: use heads listed in `config.untrained_heads`, too; they are random.
+        windows: True, or `Windows(...)`: a longer text than the model allows is read in windows
+            that overlap, each run with its neighbours in the one where it is farthest from an edge.
+        batch_tokens: of one pass through the encoder, at most, unless one text or window has more;
+            without it all texts go through one pass, windows through passes of 8,192.
 
     Returns:
         One list per run, in the order of the texts and, in a text, from left to right.
@@ -87,14 +103,20 @@ def fill_span(
 
     Raises:
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
-        ValueError: a text without [MASK] or longer than the model allows, an argument out of range,
-            an untrained head, or `head="sbo"` where that head does not apply.
+        ValueError: a text without [MASK] or longer than the model allows (without windows), a run
+            longer than a window, an argument out of range, an untrained head, or `head="sbo"` where
+            that head does not apply.
     """
     texts = _check_arguments(model, tokenizer, text, top_k, head, length)
-    sequences, runs = find_runs(tokenizer, texts)
+    cutting = windows_of_choice(windows)
+    encoded = encode_texts(model, tokenizer, texts)
+    sequences, runs = find_runs(tokenizer, texts, encoded)
     if length is not None:
         sequences, runs = try_lengths(sequences, runs, length, tokenizer.mask_token_id)
-    _check_sequences(model, sequences, runs)
+    edges = special_edges(encoded)
+    extents = [_extent(run, len(sequences[run.sequence]), edges) for run in runs]
+    text_of = {run.sequence: run.text_index for run in runs}
+    excerpts = cut(model, sequences, edges, extents, cutting, text_of)
     special_ids = set(tokenizer.all_special_ids)
     heads = choose_heads(
         model.config,
@@ -107,8 +129,16 @@ def fill_span(
     known = range(min(len(tokenizer), model.config.vocab_size))
     fillers = torch.tensor([entry for entry in known if entry not in special_ids])
     found: list[list[FilledSpan]] = [[] for _ in heads]
-    for run, scores in zip(runs, _score(model, sequences, runs, heads), strict=True):
-        found[run.group] += _candidates(tokenizer, run, heads[run.group], scores, fillers, top_k)
+    for part in passes(excerpts, batch_tokens, cutting):
+        own = [
+            replace(runs[index], sequence=place, first=runs[index].first - excerpt.shift)
+            for place, excerpt in enumerate(part)
+            for index in excerpt.extents
+        ]
+        scored = _score(model, [excerpt.ids for excerpt in part], own, heads)
+        for run, scores in zip(own, scored, strict=True):
+            name = heads[run.group]
+            found[run.group] += _candidates(tokenizer, run, name, scores, fillers, top_k)
     return [sorted(spans, key=_mean_log_probability, reverse=True)[:top_k] for spans in found]
 
 
@@ -116,16 +146,7 @@ def _check_arguments(
     model: object, tokenizer: Any, text: object, top_k: object, head: object, length: object
 ) -> list[str]:
     """The texts as a list, once every argument has been found valid."""
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"model must be a spanbert_fast Model (Model.from_pretrained reads Hugging Face "
-            f"folders too), not {type(model).__name__}"
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer must be a fast tokenizer, which knows character offsets, "
-            f"not {type(tokenizer).__name__}"
-        )
+    texts = check_texts(model, tokenizer, text)
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token")
     check_case(tokenizer)
@@ -136,12 +157,7 @@ def _check_arguments(
     if head not in get_args(HeadChoice):
         raise ValueError(f"head must be one of {', '.join(get_args(HeadChoice))}, not {head!r}")
     _check_length(length)
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
-        raise TypeError(f"text must be a str or a sequence of str, not {text!r:.80}")
-    if not texts:
-        raise ValueError("text holds no text")
-    return list(texts)
+    return texts
 
 
 def _check_length(length: object) -> None:
@@ -154,20 +170,11 @@ def _check_length(length: object) -> None:
         raise ValueError(f"length must satisfy 1 <= shortest <= longest, not {length!r}")
 
 
-def _check_sequences(model: Model, sequences: Sequence[list[int]], runs: Sequence[MaskRun]) -> None:
-    limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
-    for run in runs:
-        ids = sequences[run.sequence]
-        if len(ids) > limit:
-            raise ValueError(
-                f"text {run.text_index} has {len(ids)} tokens with its special tokens, the model "
-                f"allows {limit}"
-            )
-        if max(ids) >= vocab_size:
-            raise ValueError(
-                f"text {run.text_index} has token id {max(ids)}, the model knows ids below "
-                f"{vocab_size}: the tokenizer is not this model's"
-            )
+def _extent(run: MaskRun, num_tokens: int, edges: tuple[int, int]) -> Extent:
+    """The run and, where the text has them, its neighbours, which the SBO head looks at."""
+    first = max(run.first - 1, edges[0])
+    past = min(run.first + run.length + 1, num_tokens - edges[1])
+    return Extent(run.sequence, first, past)
 
 
 def _pack(
@@ -177,9 +184,9 @@ def _pack(
     heads: Sequence[HeadName],
 ) -> PackedBatch:
     """All sequences end to end, with the positions that each head is asked about."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    firsts = [int(cu[run.sequence]) + run.first for run in runs]
+    batch = pack(sequences)
+    starts = batch.cu_seqlens.tolist()
+    firsts = [starts[run.sequence] + run.first for run in runs]
     by_mlm = [
         position
         for run, first in zip(runs, firsts, strict=True)
@@ -188,14 +195,8 @@ def _pack(
     ]
     by_sbo = [(f, r.length) for f, r in zip(firsts, runs, strict=True) if "sbo" in heads[r.group]]
     sizes = torch.tensor([size for _, size in by_sbo], dtype=torch.int64)
-    input_ids = torch.tensor([token for ids in sequences for token in ids])
-    batch = PackedBatch(
-        input_ids=input_ids,
-        position_ids=torch.cat([torch.arange(len(ids)) for ids in sequences]),
-        token_type_ids=torch.zeros_like(input_ids),
-        cu_seqlens=cu.int(),
-        max_seqlen=int(lengths.max()),
-        sequence_ids=torch.arange(len(sequences)),
+    targeted = replace(
+        batch,
         mlm_positions=torch.tensor(by_mlm, dtype=torch.int64),
         mlm_labels=torch.zeros(len(by_mlm), dtype=torch.int64),
         sbo_left=torch.tensor([first - 1 for first, _ in by_sbo], dtype=torch.int64),
@@ -203,7 +204,7 @@ def _pack(
         sbo_cu=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int(),
         sbo_targets=torch.zeros(int(sizes.sum()), dtype=torch.int64),
     )
-    return batch.to(model.device)
+    return targeted.to(model.device)
 
 
 def _score(

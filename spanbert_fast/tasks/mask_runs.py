@@ -28,15 +28,19 @@ class MaskRun:
     length: int
 
 
-def find_runs(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[MaskRun]]:
+def find_runs(
+    tokenizer: Any, texts: Sequence[str], encoded: Any
+) -> tuple[list[list[int]], list[MaskRun]]:
     """The token ids of each text, with special tokens, and all runs; each run is its own group.
+
+    Args:
+        tokenizer: Its mask token counts.
+        texts: The texts.
+        encoded: What the tokenizer makes of them, with `offset_mapping`.
 
     Raises:
         ValueError: a text has no mask token.
     """
-    encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, truncation=False, padding=False, verbose=False
-    )
     mask = tokenizer.mask_token_id
     sequences = encoded["input_ids"]
     runs: list[MaskRun] = []

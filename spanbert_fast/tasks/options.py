@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spanbert_fast.tasks.windows import Windows
+
 
 @dataclass(frozen=True, kw_only=True)
 class FillOptions:
@@ -25,6 +27,12 @@ class FillOptions:
     """Shortest and longest filling in tokens, tried for the single [MASK] of each text."""
     allow_untrained_heads: bool = False
     """Use heads with random weights, too."""
+    windows: bool = False
+    """Read texts that are longer than the model allows in windows that overlap."""
+    max_length: int | None = None
+    """Tokens of a window, special tokens included; as many as the model allows unless given."""
+    stride: int | None = None
+    """Pieces that neighbouring windows share; half of a window's unless given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,20 @@ class SegmentOptions:
     """Of the geometric law of lengths; above 1/2 spans get shorter."""
     respect_sentences: bool = False
     """No span crosses the border of a sentence."""
+    windows: bool = False
+    """Read texts that are longer than the model allows in windows that overlap."""
+    max_length: int | None = None
+    """Tokens of a window, special tokens included; as many as the model allows unless given."""
+    stride: int | None = None
+    """Pieces that neighbouring windows share; half of a window's unless given."""
     html: Path | None = None
     """Page to write, with the spans underlined."""
     png: Path | None = None
     """Picture to write, with the spans underlined."""
+
+
+def chosen_windows(options: FillOptions | SegmentOptions) -> Windows | bool:
+    """The windows asked for; a length or a stride asks for them, too."""
+    if options.max_length is None and options.stride is None:
+        return options.windows
+    return Windows(max_length=options.max_length, stride=options.stride)

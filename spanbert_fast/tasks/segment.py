@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spanbert_fast.batch import PackedBatch
 from spanbert_fast.data.sentences import split_sentences
-from spanbert_fast.data.tokenizer import word_starts
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.model.segmentation import best_segmentation, span_probabilities
-from spanbert_fast.model.span_scores import (
-    SpanScoring,
-    Words,
-    attention_of_words,
-    attention_span_scores,
-)
-from spanbert_fast.model.span_segmenter import SpanSegmenter, mean_of_words
+from spanbert_fast.model.span_scores import SpanScoring, attention_span_scores
+from spanbert_fast.model.span_segmenter import SpanSegmenter
 from spanbert_fast.tasks.inference import inference
-from spanbert_fast.tasks.texts import check_texts, encode_texts, pack
+from spanbert_fast.tasks.texts import check_texts
+from spanbert_fast.tasks.windows import Windows, windows_of_choice
+from spanbert_fast.tasks.words import read_words
 
 
 class Segment(NamedTuple):
@@ -43,15 +39,6 @@ class Segment(NamedTuple):
     of the span; float32 or wider, on the CPU."""
 
 
-class TextWords(NamedTuple):
-    """Texts as a packed batch, and where their words lie."""
-
-    batch: PackedBatch
-    words: Words
-    offsets: list[list[tuple[int, int]]]
-    """First and end character of every word, for each text."""
-
-
 def segment(
     model: Model,
     tokenizer: Any,
@@ -62,11 +49,13 @@ def segment(
     respect_sentences: bool = False,
     language: str = "en",
     num_threads: int = 1,
+    windows: Windows | bool = False,
+    batch_tokens: int | None = None,
 ) -> list[list[Segment]]:
     """The best segmentation of each text into spans of whole words.
 
-    Words begin where the tokenizer's vocabulary says so, and punctuation marks are words. All texts
-    go through one unpadded forward pass; each is segmented as if it stood alone.
+    Words begin where the tokenizer's vocabulary says so, and punctuation marks are words. Each text
+    is segmented as if it stood alone, and as a whole, also where it is read in windows.
 
     Args:
         model: its training mode is left as it was; dropout is off meanwhile.
@@ -77,13 +66,19 @@ def segment(
         respect_sentences: no span crosses the border of a sentence.
         language: of the sentences, a code such as `en`.
         num_threads: of the search for the best segmentation.
+        windows: True, or `Windows(...)`: a longer text than the model allows is read in windows
+            that overlap, each word with `scoring.max_words` words on either side of it in the one
+            where they are farthest from an edge.
+        batch_tokens: of one pass through the encoder, at most, unless one text or window has more;
+            without it all texts go through one pass, windows through passes of 8,192.
 
     Returns:
         For each text its spans from left to right. They leave out white space alone.
 
     Raises:
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
-        ValueError: a text is longer than the model allows, or a setting is out of range.
+        ValueError: a text is longer than the model allows (without windows), a word with those
+            around it longer than a window, or a setting is out of range.
     """
     texts = check_texts(model, tokenizer, text)
     scoring = SpanScoring() if scoring is None else scoring
@@ -92,18 +87,15 @@ def segment(
             f"the segmenter's max_words is {segmenter.max_words}, scoring.max_words allows "
             f"{scoring.max_words}"
         )
-    found = find_words(model, tokenizer, texts)
+    cutting = windows_of_choice(windows)
     with inference(model):
-        states = model.bert.encode_packed(found.batch, output_hidden_states=True).hidden_states
-        assert states is not None
-        attention = attention_of_words(model.bert, found.batch, states, found.words, scoring)
+        found = read_words(model, tokenizer, texts, scoring, cutting, batch_tokens)
         if segmenter is None:
-            every = attention_span_scores(attention, found.words, scoring)[..., None]
+            every = attention_span_scores(found.attention, found.words, scoring)[..., None]
         else:
             with inference(segmenter):
-                every = segmenter(states[-1], found.words)
-        rows = mean_of_words(states[-1], found.words)
-    wide, attention, rows = _on_cpu(every), _on_cpu(attention), _on_cpu(rows)
+                every = segmenter(found.rows, found.words)
+    wide, attention, rows = _on_cpu(every), _on_cpu(found.attention), _on_cpu(found.rows)
     borders = found.words.cu_words.cpu()
     if respect_sentences:
         borders = _sentence_borders(texts, found.offsets, borders, language)
@@ -137,43 +129,6 @@ def _on_cpu(rows: Tensor) -> Tensor:
     return rows.to("cpu", torch.promote_types(rows.dtype, torch.float32))
 
 
-def find_words(model: Model, tokenizer: Any, texts: Sequence[str]) -> TextWords:
-    """The texts as one packed batch on the model's device, and their words.
-
-    Raises:
-        ValueError: a text is longer than the model allows, or the tokenizer is another model's.
-    """
-    encoded = encode_texts(model, tokenizer, texts)
-    begins = word_starts(tokenizer)
-    word_of: list[int] = []
-    offsets: list[list[tuple[int, int]]] = []
-    count = 0
-    for index, ids in enumerate(encoded["input_ids"]):
-        own: list[tuple[int, int]] = []
-        marks = encoded["special_tokens_mask"][index]
-        for token, special, place in zip(ids, marks, encoded["offset_mapping"][index], strict=True):
-            if special:
-                word_of.append(-1)
-            elif begins[token] or not own:
-                word_of.append(count + len(own))
-                own.append(place)
-            else:
-                word_of.append(count + len(own) - 1)
-                own[-1] = (own[-1][0], place[1])
-        count += len(own)
-        # A byte-level piece holds the space before it.
-        offsets.append([_stripped(texts[index], *place) for place in own])
-    sizes = torch.tensor([0, *map(len, offsets)]).cumsum(0)
-    words = Words(word_of=torch.tensor(word_of).to(model.device), cu_words=sizes.int())
-    words = Words(word_of=words.word_of, cu_words=words.cu_words.to(model.device))
-    return TextWords(pack(encoded["input_ids"]).to(model.device), words, offsets)
-
-
-def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-
-
 def _sentence_borders(
     texts: Sequence[str], offsets: Sequence[list[tuple[int, int]]], borders: Tensor, language: str
 ) -> Tensor:
@@ -183,8 +138,8 @@ def _sentence_borders(
         place = 0
         for sentence in split_sentences(text, language):
             place = text.index(sentence, place)
-            inside = [index for index, (start, _) in enumerate(own) if start >= place]
-            found |= {first + inside[0]} if inside else set()
+            inside = bisect_left(own, (place,))
+            found |= {first + inside} if inside < len(own) else set()
             place += len(sentence)
     return torch.tensor(sorted(found), dtype=torch.int32)
 

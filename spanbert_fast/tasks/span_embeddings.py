@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 
 from spanbert_fast.model.pretrained import Model
 from spanbert_fast.tasks.inference import inference
-from spanbert_fast.tasks.texts import check_texts, encode_texts, pack
+from spanbert_fast.tasks.texts import (
+    WINDOW_TOKENS,
+    Extent,
+    check_texts,
+    cut,
+    encode_texts,
+    pack,
+    passes,
+    special_edges,
+)
+from spanbert_fast.tasks.windows import Windows, windows_of_choice
 
 Pooling = Literal["endpoints", "mean", "attention"]
 Scorer = Callable[[Tensor], Tensor]
@@ -34,7 +45,8 @@ def span_embeddings(
     pooling: Pooling = "endpoints",
     scorer: Scorer | Tensor | None = None,
     layer: int = -1,
-    batch_tokens: int = 8_192,
+    batch_tokens: int = WINDOW_TOKENS,
+    windows: Windows | bool = False,
 ) -> list[SpanEmbeddings]:
     """One vector for each span of each text.
 
@@ -61,7 +73,9 @@ def span_embeddings(
         scorer: for "attention" only: a vector [D], or a module or function from states [..., D] to
             scores [...] or [..., 1].
         layer: whose output; -1 is the last, 0 the embedding.
-        batch_tokens: of one pass through the encoder, at most, unless one text has more.
+        batch_tokens: of one pass through the encoder, at most, unless one text or window has more.
+        windows: True, or `Windows(...)`: a longer text than the model allows is read in windows
+            that overlap, each span whole in the one where it is farthest from an edge.
 
     Returns:
         In the order of the texts, each with its spans in their order.
@@ -69,26 +83,45 @@ def span_embeddings(
     Raises:
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
         ValueError: a span is empty, reaches out of its text or has white space alone; a text is
-            longer than the model allows; a setting is out of range.
+            longer than the model allows (without windows), a span longer than a window; a setting
+            is out of range.
     """
     texts = check_texts(model, tokenizer, text)
     wanted: Any = [spans] if isinstance(text, str) else spans
     if not isinstance(wanted, Sequence) or len(wanted) != len(texts):
         raise ValueError(f"spans must hold one list for each of {len(texts)} texts")
-    _check_settings(model, pooling, scorer, layer, batch_tokens)
+    _check_settings(model, pooling, scorer, layer)
+    cutting = windows_of_choice(windows)
     encoded = encode_texts(model, tokenizer, texts)
     pieces = [_pieces_of(index, texts[index], own, encoded) for index, own in enumerate(wanted)]
-    found: list[SpanEmbeddings] = []
-    for part in _parts([len(ids) for ids in encoded["input_ids"]], batch_tokens):
-        states = _states(model, encoded["input_ids"][part], layer)
-        for rows, own in zip(states, pieces[part], strict=True):
-            found.append(SpanEmbeddings(_vectors(rows, own, pooling, scorer), own))
-    return found
+    extents = [Extent(index, *place) for index, own in enumerate(pieces) for place in own]
+    excerpts = cut(model, encoded["input_ids"], special_edges(encoded), extents, cutting)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    order: list[list[int]] = [[] for _ in texts]
+    for part in passes(excerpts, batch_tokens, cutting):
+        states = _states(model, [excerpt.ids for excerpt in part], layer)
+        for rows, excerpt in zip(states, part, strict=True):
+            own = [extents[number] for number in excerpt.extents]
+            places = [(first - excerpt.shift, past - excerpt.shift) for _, first, past in own]
+            found[excerpt.sequence].append(_vectors(rows, places, pooling, scorer))
+            order[excerpt.sequence] += excerpt.extents
+    size = int(model.config.hidden_size) * (2 if pooling == "endpoints" else 1)
+    empty = torch.zeros((0, size), dtype=model.dtype, device=model.device)
+    return [
+        SpanEmbeddings(_in_order(vectors or [empty], numbers), own)
+        for vectors, numbers, own in zip(found, order, pieces, strict=True)
+    ]
 
 
-def _check_settings(
-    model: Model, pooling: str, scorer: object, layer: int, batch_tokens: int
-) -> None:
+def _in_order(vectors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """The vectors of a text, as its spans are numbered."""
+    if len(vectors) == 1:
+        return vectors[0]
+    rows = torch.cat(list(vectors))
+    return rows.index_select(0, torch.tensor(numbers, device=rows.device).argsort())
+
+
+def _check_settings(model: Model, pooling: str, scorer: object, layer: int) -> None:
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     if scorer is not None and pooling != "attention":
@@ -100,18 +133,15 @@ def _check_settings(
         raise TypeError(f"scorer must be a tensor or callable, not {type(scorer).__name__}")
     if not -count - 1 <= layer <= count:
         raise ValueError(f"layer must be in [{-count - 1}, {count}], got {layer}")
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
 
 
 def _pieces_of(index: int, text: str, spans: Any, encoded: Any) -> list[tuple[int, int]]:
     """First piece and past the last one of every span."""
     # Special tokens have the empty offset (0, 0), and so share no character with any span. A
     # byte-level piece holds the space before it, which a span need not.
-    places = [
-        (start, end)
-        for start, end in (_stripped(text, *place) for place in encoded["offset_mapping"][index])
-    ]
+    places = [_stripped(text, *place) for place in encoded["offset_mapping"][index]]
+    numbers = [number for number, (first, past) in enumerate(places) if first < past]
+    firsts, pasts = [places[n][0] for n in numbers], [places[n][1] for n in numbers]
     found = []
     for span in spans:
         if not isinstance(span, Sequence) or len(span) != 2 or {*map(type, span)} != {int}:
@@ -121,11 +151,8 @@ def _pieces_of(index: int, text: str, spans: Any, encoded: Any) -> list[tuple[in
             raise ValueError(
                 f"span {(start, end)} of text {index} must have 0 <= start < end <= {len(text)}"
             )
-        covered = [
-            number
-            for number, (first, past) in enumerate(places)
-            if first < min(end, past) and start < past
-        ]
+        # Both ends of pieces ascend, so that a text of any length is searched at once.
+        covered = numbers[bisect_right(pasts, start) : bisect_left(firsts, end)]
         if not covered:
             raise ValueError(
                 f"span {(start, end)} of text {index} holds no piece of the text: "
@@ -138,17 +165,6 @@ def _pieces_of(index: int, text: str, spans: Any, encoded: Any) -> list[tuple[in
 def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
     piece = text[start:end]
     return (start + len(piece) - len(piece.lstrip()), end) if piece.strip() else (start, start)
-
-
-def _parts(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbouring texts of at most so many tokens, but at least one text."""
-    first, total = 0, 0
-    for index, length in enumerate(lengths):
-        if index > first and total + length > most:
-            yield slice(first, index)
-            first, total = index, 0
-        total += length
-    yield slice(first, len(lengths))
 
 
 def _states(model: Model, sequences: Sequence[Sequence[int]], layer: int) -> Sequence[Tensor]:
@@ -174,12 +190,11 @@ def _vectors(
     rows: Tensor, pieces: Sequence[tuple[int, int]], pooling: str, scorer: Scorer | Tensor | None
 ) -> Tensor:
     """[spans, D] or [spans, 2 D]."""
-    size = rows.shape[1] * (2 if pooling == "endpoints" else 1)
     if not pieces:
-        return rows.new_zeros((0, size))
+        return rows.new_zeros((0, rows.shape[1] * (2 if pooling == "endpoints" else 1)))
     if pooling == "endpoints":
         ends = torch.tensor([[first, past - 1] for first, past in pieces], device=rows.device)
-        return rows.index_select(0, ends.flatten()).view(len(pieces), size)
+        return rows.index_select(0, ends.flatten()).view(len(pieces), -1)
     return torch.stack([_pool(rows[slice(*place)], pooling, scorer) for place in pieces])
 
 

@@ -1,14 +1,43 @@
-"""Texts for a model: checked, encoded whole, and packed without padding."""
+"""Texts for a model: checked, encoded whole, cut into windows on request, and packed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from spanbert_fast.batch import PackedBatch
+from spanbert_fast.model.positions import LONGER_TEXTS
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.tasks.windows import Window, Windows, plan_windows, window_of
+
+WINDOW_TOKENS = 8_192
+"""Of one pass through the encoder, where a text is read in windows and nothing else is said."""
+
+
+class Extent(NamedTuple):
+    """Tokens of a sequence that are to be read in one window."""
+
+    sequence: int
+    first: int
+    """Special tokens counted, as in all sequences; but none is part of an extent."""
+    past: int
+
+
+class Excerpt(NamedTuple):
+    """What is read at once of a sequence: all of it, or a window between its special tokens."""
+
+    sequence: int
+    first: int
+    """First piece, in the sequence."""
+    past: int
+    """The piece past its last one."""
+    shift: int
+    """Place of a piece in the sequence less its place here."""
+    ids: list[int]
+    extents: list[int]
+    """Indices of the extents that are read here."""
 
 
 def check_texts(model: object, tokenizer: Any, text: object) -> list[str]:
@@ -19,7 +48,10 @@ def check_texts(model: object, tokenizer: Any, text: object) -> list[str]:
         ValueError: there is no text.
     """
     if not isinstance(model, Model):
-        raise TypeError(f"model must be a spanbert_fast Model, not {type(model).__name__}")
+        raise TypeError(
+            f"model must be a spanbert_fast Model (Model.from_pretrained reads Hugging Face "
+            f"folders too), not {type(model).__name__}"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
             f"tokenizer must be a fast tokenizer, which knows character offsets, "
@@ -37,24 +69,132 @@ def encode_texts(model: Model, tokenizer: Any, texts: Sequence[str]) -> Any:
     """Ids, `offset_mapping` and `special_tokens_mask` of each text, nothing cut.
 
     Raises:
-        ValueError: a text is longer than the model allows, or the tokenizer is another model's.
+        ValueError: the tokenizer is another model's.
     """
     encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+        list(texts),
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        truncation=False,
+        padding=False,
+        verbose=False,
     )
-    limit, entries = model.config.max_position_embeddings, model.config.vocab_size
+    entries = model.config.vocab_size
     for index, ids in enumerate(encoded["input_ids"]):
-        if len(ids) > limit:
-            raise ValueError(
-                f"text {index} has {len(ids)} tokens with its special tokens, the model allows "
-                f"{limit}: give it in parts, or take a model with more positions"
-            )
         if ids and max(ids) >= entries:
             raise ValueError(
                 f"text {index} has token id {max(ids)}, the model knows ids below {entries}: the "
                 "tokenizer is not this model's"
             )
     return encoded
+
+
+def special_edges(encoded: Any) -> tuple[int, int]:
+    """How many special tokens the tokenizer puts before a text and after it."""
+    for marks in encoded["special_tokens_mask"]:
+        if 0 in marks:
+            return marks.index(0), marks[::-1].index(0)
+    return 0, 0
+
+
+def cut(
+    model: Model,
+    sequences: Sequence[list[int]],
+    edges: tuple[int, int],
+    extents: Sequence[Extent],
+    windows: Windows | None,
+    text_of: Mapping[int, int] | None = None,
+) -> list[Excerpt]:
+    """What has to be read so that each extent stands whole in one excerpt.
+
+    A sequence that fits is read whole, whatever is asked of it; of a longer one, the windows that
+    own an extent.
+
+    Args:
+        model: Its positions are the limit.
+        sequences: Ids, special tokens included.
+        edges: Special tokens before and after a text.
+        extents: What is asked for.
+        windows: How a longer sequence is cut; None: it is refused.
+        text_of: Number of the text of each sequence, for the messages; its own unless given.
+
+    Raises:
+        ValueError: A sequence is longer than the model allows and there are no windows, or an
+            extent is longer than a window.
+    """
+    limit: int = model.config.max_position_embeddings
+    names = text_of or dict(enumerate(range(len(sequences))))
+    wanted: list[list[int]] = [[] for _ in sequences]
+    for index, extent in enumerate(extents):
+        wanted[extent.sequence].append(index)
+    size, stride = (limit - sum(edges), 0) if windows is None else windows.sizes(limit, sum(edges))
+    excerpts: list[Excerpt] = []
+    for index, ids in enumerate(sequences):
+        if len(ids) <= size + sum(edges):
+            past = len(ids) - edges[1]
+            excerpts.append(Excerpt(index, edges[0], past, 0, ids, wanted[index]))
+        elif windows is None:
+            raise ValueError(
+                f"text {names[index]} has {len(ids)} tokens with its special tokens, the model "
+                f"allows {limit}. {LONGER_TEXTS}"
+            )
+        else:
+            plan = plan_windows(len(ids) - sum(edges), size, stride)
+            own = [(number, extents[number]) for number in wanted[index]]
+            excerpts += _windows(index, ids, edges, plan, own, names[index])
+    return excerpts
+
+
+def _windows(
+    index: int,
+    ids: list[int],
+    edges: tuple[int, int],
+    plan: Sequence[Window],
+    extents: Sequence[tuple[int, Extent]],
+    text: int,
+) -> Iterator[Excerpt]:
+    """The windows of a long sequence that own one of its (number, extent), from left to right."""
+    before, after = edges
+    size = plan[0].end - plan[0].start
+    found: dict[int, list[int]] = {}
+    for number, (_, first, past) in extents:
+        if past - first > size:
+            raise ValueError(
+                f"tokens {first} to {past} of text {text} must be read at once and are "
+                f"{past - first}; a window holds {size} beside {before + after} special tokens"
+            )
+        found.setdefault(window_of(plan, first - before, past - before)[0], []).append(number)
+    for start in sorted(found):
+        low, high = before + start, before + start + size
+        whole = [*ids[:before], *ids[low:high], *ids[len(ids) - after :]]
+        yield Excerpt(index, low, high, start, whole, found[start])
+
+
+def passes(
+    excerpts: Sequence[Excerpt], most: int | None, windows: Windows | None
+) -> Iterator[Sequence[Excerpt]]:
+    """Neighbouring excerpts for one pass through the encoder: at most so many tokens.
+
+    Args:
+        excerpts: One with more tokens has a pass of its own.
+        most: None: all in one pass, or with windows `WINDOW_TOKENS`.
+        windows: As they were cut.
+
+    Raises:
+        ValueError: The number is less than 1.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {most}")
+    if most is None and windows is not None:
+        most = WINDOW_TOKENS
+    first, total = 0, 0
+    for index, excerpt in enumerate(excerpts):
+        if most is not None and index > first and total + len(excerpt.ids) > most:
+            yield excerpts[first:index]
+            first, total = index, 0
+        total += len(excerpt.ids)
+    if excerpts:
+        yield excerpts[first:]
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedBatch:

@@ -22,6 +22,8 @@ def build_model(settings: Settings, source: Source) -> Model:
         ValueError: A field of the model is unknown, or the model does not fit the data.
     """
     known = {field.name for field in dataclasses.fields(Config)}
+    if settings.init:
+        known.add("position_extension")  # how the table of `init` gets longer; not of the shape
     if unknown := sorted(set(settings.model) - known):
         raise ValueError(f"model has no field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     source.check_length(settings.seq_length)

@@ -85,7 +85,7 @@ def test_a_segmenter_scores_in_the_place_of_attention(model: Model, tokenizer) -
 
 
 def test_wrong_input_is_named(model: Model, tokenizer) -> None:
-    with pytest.raises(TypeError, match="model must be a spanbert_fast Model, not int"):
+    with pytest.raises(TypeError, match=r"model must be a spanbert_fast Model .*, not int"):
         segment(3, tokenizer, "a")
     with pytest.raises(TypeError, match="text must be a str or a sequence of str"):
         segment(model, tokenizer, [3])

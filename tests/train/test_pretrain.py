@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import spanbert_fast as sf
+from spanbert_fast.model.positions import extended_table
 from spanbert_fast.train import checkpoint, pretrain, run
 from spanbert_fast.train.events import (
     CheckpointRefused,
@@ -462,6 +463,35 @@ def test_a_run_continues_from_a_bert_folder(
     card = (output / "model" / "README.md").read_text()
     assert "license: cc-by-nc-4.0" in card
     assert "stay CC-BY-NC 4.0" in card
+
+
+@pytest.mark.filterwarnings("ignore:.*has no complete SBO head")
+def test_a_run_continues_from_a_longer_position_table(
+    options: MakeOptions, bert_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    longer = {"max_position_embeddings": 64, "position_extension": "interpolate"}
+    given = options(output, init=str(bert_folder), model=longer, steps=8, learning_rate=1e-9)
+    with pytest.raises(Interrupted):
+        pretrain.pretrain(given, on_event=stop_after(4))
+    pretrain.pretrain(given)
+    name = "bert.embeddings.position_embeddings.weight"
+    table = load_file(bert_folder / "model.safetensors")[name]
+    found = weights(output)[name]
+    torch.testing.assert_close(found, extended_table(table, 64, "interpolate"))
+    # What is written is a model of 64 positions, which another run takes as it is.
+    again = options(tmp_path / "again", init=str(output / "model"), model={}, steps=8)
+    pretrain.pretrain(again)
+    assert (
+        sf.Model.from_pretrained(tmp_path / "again" / "model").config.max_position_embeddings == 64
+    )
+
+
+def test_the_position_table_of_a_new_model_has_no_extension(
+    options: MakeOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="model has no field 'position_extension'"):
+        pretrain.pretrain(options(tmp_path, model={"position_extension": "tile"}))
 
 
 def test_foreign_weights_of_another_vocabulary_are_refused(
