@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 
 from spanbert_fast.data.loader import Step, StepLoader
-from spanbert_fast.data.loss_weighting import LossWeighting
 from spanbert_fast.data.target_weights import TargetWeights
 from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.model.pretrained import Model
@@ -25,7 +23,8 @@ from spanbert_fast.train.checkpoint import (
     random_state,
     restore_random_state,
 )
-from spanbert_fast.train.events import CheckpointRefused, Event, Notice, RunStarted
+from spanbert_fast.train.events import CheckpointRefused, Event, RunStarted
+from spanbert_fast.train.exactness import check_exactness
 from spanbert_fast.train.finiteness import LossScale
 from spanbert_fast.train.initial import build_model
 from spanbert_fast.train.machine import (
@@ -39,24 +38,6 @@ from spanbert_fast.train.optim import build_optimizer, load_optimizer_tensors, o
 from spanbert_fast.train.options import Settings
 from spanbert_fast.train.segmenting import SpanPeriods
 from spanbert_fast.train.source import Source, open_source
-
-# What may differ between the parts of one run without changing a bit of its weights.
-_FREE_SETTINGS = {
-    "data",
-    "output",
-    "log_every",
-    "eval_every",
-    "eval_blocks",
-    "save_every",
-    "keep_checkpoints",
-    "language",
-    "seq_length",
-    # These four stand in the environment as what became of them.
-    "preset",
-    "threads",
-    "device",
-    "precision",
-}
 
 
 @dataclass(kw_only=True)
@@ -189,7 +170,7 @@ def build_run(
     if weights is not None:
         surroundings["mean_loss_weight"] = weights.mean
     if checkpoint:
-        _check_exactness(settings, surroundings, checkpoint, emit, allow=allow_inexact_resume)
+        check_exactness(settings, surroundings, checkpoint, emit, allow=allow_inexact_resume)
     torch.manual_seed(settings.seed)
     model = build_model(settings, source)
     model.to(device)  # type: ignore[arg-type]
@@ -253,30 +234,6 @@ def _check_held_out_blocks(settings: Settings, source: Source) -> None:
             f"{settings.data} has no held-out blocks; prepare it with a larger "
             "--validation-permille, or choose --eval-every 0"
         )
-
-
-def _check_exactness(
-    settings: Settings,
-    surroundings: dict[str, Any],
-    checkpoint: Checkpoint,
-    emit: Callable[[Event], None],
-    *,
-    allow: bool,
-) -> None:
-    """Say what differs from the run that wrote the checkpoint; refuse unless allowed."""
-    before, now = checkpoint.state["environment"], surroundings
-    pairs = [(name, before.get(name), now.get(name)) for name in sorted(before | now)]
-    # A run begun before there were weights had none.
-    before = {"weighting": dataclasses.asdict(LossWeighting())} | checkpoint.state["settings"]
-    now = settings.as_json()
-    pairs += [(name, before.get(name), now.get(name)) for name in sorted(set(now) - _FREE_SETTINGS)]
-    found = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
-    if not found:
-        return
-    text = f"resuming {settings.output} is not exact: {'; '.join(found)}"
-    if not allow:
-        raise ValueError(f"{text}. Pass --allow-inexact-resume to continue nevertheless")
-    emit(Notice(text=text))
 
 
 def _write_description(run: Run) -> None:
