@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -116,10 +117,9 @@ def test_segmentation_blocks_run_in_order(
 ) -> None:
     monkeypatch.chdir(demo_model)
     sentences = [f"We must work together to keep the peace of {number}." for number in range(9)]
-    Path("corpus.txt").write_text(
-        "\n\n".join(sentences[i % 9] + sentences[i % 7] for i in range(90))
-    )
-    prepare = "prepare --input corpus.txt --output shards --tokenizer demo_output/run/model"
+    texts = (json.dumps({"text": f"{text} {number}."}) for number in range(9) for text in sentences)
+    Path("corpus.jsonl").write_text("\n".join(texts))
+    prepare = "prepare --input corpus.jsonl --output shards --tokenizer demo_output/run/model"
     assert main([*prepare.split(), "--validation-permille", "200", "--workers", "1"]) == 0
     (command,) = re.findall(
         r"^spanbert-fast (pretrain .*)$",
