@@ -49,7 +49,7 @@ def make_pass(arguments: argparse.Namespace, kind: str) -> Callable[[], float]:
         model.train().zero_grad()
         loss = model.forward_packed(batch, dropout_seed=torch.tensor(1)).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

@@ -155,6 +155,7 @@ def test_attention_window(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(demo_model)
+    Path("corpus.txt").write_text("\n\n".join([f"{TEXT}\n" * 60] * 40))
     run_page("attention_window.md", capsys)
 
 

@@ -28,7 +28,7 @@ def standardised(attention: Floats, max_words: int) -> Floats:
         values = np.array([affinity[pair] for pair in pairs])
         deviation = values.std()
         for pair, value in zip(pairs, values, strict=True):
-            z = (value - values.mean()) / deviation if len(pairs) > 1 else 0.0
+            z = (value - values.mean()) / deviation if deviation > 0 else 0.0
             result[pair] = result[pair[::-1]] = z
     return result
 

@@ -416,7 +416,7 @@ def test_a_run_with_an_attention_window_resumes_to_the_bit(
     chosen |= {"save_every": 2, "model": dropout, "warmup_steps": 1}
     pretrain.pretrain(options(tmp_path / "whole", **chosen))
     with pytest.raises(Interrupted):
-        pretrain.pretrain(options(tmp_path / "parts", **chosen), on_event=stop_after(3))
+        pretrain.pretrain(options(tmp_path / "parts", **chosen), on_event=stop_after(2))
     pretrain.pretrain(options(tmp_path / "parts", **chosen))
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     config = json.loads((tmp_path / "parts" / "model" / "config.json").read_text())
