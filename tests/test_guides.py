@@ -127,6 +127,13 @@ def test_vectors_of_spans(
     run_page("span_embeddings.md", capsys)
 
 
+def test_long_texts(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_page("long_text.md", capsys)
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
