@@ -159,6 +159,13 @@ def test_attention_window(
     run_page("attention_window.md", capsys)
 
 
+def test_long_texts(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_model)
+    run_page("long_text.md", capsys)
+
+
 def test_span_boundaries_train_an_encoder_that_is_no_bert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
