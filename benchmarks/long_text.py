@@ -1,4 +1,4 @@
-"""Peak memory and CPU time of the tasks on long texts, read in windows; each case in a fresh process.
+"""Peak memory and CPU time of tasks on long texts, in windows; each case in a fresh process.
 
     python benchmarks/long_text.py [--preset tiny] [--lengths 510 4096 16384 65536]
 
@@ -22,7 +22,23 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("fill", "segment", "embed")
-WORDS = "We must work together so the quiet river follows a broken engine and reports it".split()
+WORDS = [
+    "We",
+    "must",
+    "work",
+    "together",
+    "so",
+    "the",
+    "quiet",
+    "river",
+    "follows",
+    "a",
+    "broken",
+    "engine",
+    "and",
+    "reports",
+    "it",
+]
 
 
 def peak_mib() -> float:
