@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,22 @@ def test_options_that_are_wrong(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_the_commands_of_the_page(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (FOLDER.parents[1] / "docs" / "ablation.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\$ python examples/ablation (.*)$", page, re.MULTILINE)
+    assert len(commands) >= 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command)
+        for word in words:
+            if not re.fullmatch(r"-.*|[\d.]+", word):
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+                Path(word).touch()
+        assert ablation.parse(words).steps >= 2_000
+
+
 def test_spans_are_hidden_whole_and_counted_by_length(
     ablation: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +223,8 @@ def test_the_right_content_is_chosen_by_its_probability(ablation: ModuleType) ->
     law = ((counts + 1) / (counts + 1).sum()).log()
     model.cls.predictions.bias.data.copy_(law)
     model.cls.span_boundary.bias.data.copy_(-law)
-    found = quiz.choose(model, ("mlm", "sbo", "auto"))
+    uniform = torch.zeros(len(tokenizer))
+    found = quiz.choose(model, ("mlm", "sbo", "auto"), uniform)
     known = torch.cat([law[list(answer.ids)] for answer in answers])
     assert found["mlm"]["nats"]["all"] == pytest.approx(-float(known.mean()), rel=1e-4)
     # The two cancel out, which leaves the uniform law.
@@ -222,6 +240,10 @@ def test_the_right_content_is_chosen_by_its_probability(ablation: ModuleType) ->
         ]
         assert found[head]["choice"]["all"] == pytest.approx(sum(right) / len(right))
         assert 0 < sum(right) < len(right)
+    # What counts is how much more probable the context makes a content: -law + 2 law = law.
+    assert quiz.choose(model, ["sbo"], 2 * -law)["sbo"]["choice"] == pytest.approx(
+        found["mlm"]["choice"]
+    )
 
 
 def test_both_ways_of_marking_spans(ablation: ModuleType, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, Arm, Budget, prepare, pretrain
-from recovery import SpanQuiz, held_out_blocks, masked_losses, set_unigram_law
+from recovery import SpanQuiz, forget_context, held_out_blocks, masked_losses, unigram_law
 from span_task import fine_tune, read_task
 from summary import draw, write_table
 from transformers import AutoTokenizer
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"arm": name, "seed": seed}
             if name == UNTRAINED:
                 config = sf.Config.from_pretrained(output / "runs" / f"token-{seed}" / "model")
-                line |= examiner.measure_untrained(config, data, seed)
+                line |= examiner.measure_untrained(config, seed)
             else:
                 line["tokens"] = pretrain(ARMS[name], seed, budget, data, folder)["tokens"]
                 line |= examiner.measure(folder / "model", ARMS[name], seed)
@@ -160,6 +160,7 @@ class Examiner:
         self.tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
         self.blocks = held_out_blocks(data, options.eval_blocks)
         self.quiz = SpanQuiz(self.tokenizer, self.blocks, sf.Config().max_span_targets)
+        self.law = unigram_law(data)
         self.epochs = options.task_epochs
         self.tasks = [
             read_task(
@@ -187,19 +188,20 @@ class Examiner:
         model = sf.Model.from_pretrained(folder).eval()
         losses = masked_losses(model, self.tokenizer, self.blocks)
         heads = ("mlm", "sbo", "auto") if arm.sbo_weight else ("mlm",)
-        chosen = self.quiz.choose(model, heads)
+        chosen = self.quiz.choose(model, heads, self.law)
         spans = {head: self.quiz.fill(model, self.tokenizer, head) | chosen[head] for head in heads}
         tasks = self.tasks_of(model, seed)
         return {"losses": losses, "own_loss": losses[arm.scheme], "spans": spans, "tasks": tasks}
 
-    def measure_untrained(self, config: sf.Config, data: Path, seed: int) -> dict[str, Any]:
+    def measure_untrained(self, config: sf.Config, seed: int) -> dict[str, Any]:
         """The span tasks from random weights; all else by the unigram law of the text."""
         torch.manual_seed(seed)
         tasks = self.tasks_of(sf.Model(config), seed)
-        law = sf.Model(config)
-        set_unigram_law(law, data)
-        losses = masked_losses(law, self.tokenizer, self.blocks)
-        spans = self.quiz.fill(law, self.tokenizer, "mlm") | self.quiz.choose(law, ["mlm"])["mlm"]
+        model = sf.Model(config).eval()
+        forget_context(model, self.law)
+        losses = masked_losses(model, self.tokenizer, self.blocks)
+        spans = self.quiz.fill(model, self.tokenizer, "mlm")
+        spans["nats"] = self.quiz.choose(model, ["mlm"], self.law)["mlm"]["nats"]
         return {"losses": losses, "spans": {"mlm": spans}, "tasks": tasks}
 
     def tasks_of(self, model: sf.Model, seed: int) -> dict[str, dict[str, float]]:

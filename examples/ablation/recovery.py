@@ -75,15 +75,20 @@ def masked_losses(model: Any, tokenizer: Any, blocks: Sequence[list[int]]) -> di
     return losses
 
 
-@torch.no_grad()
-def set_unigram_law(model: Any, data: Path) -> None:
-    """Makes a model that predicts every piece as often as it stands in the training text."""
+def unigram_law(data: Path) -> torch.Tensor:
+    """[V], logarithm of how often each piece stands in the training text, one added to each."""
     with pa.memory_map(str(data / "unigram_counts.arrow")) as source:
         counts = pa.ipc.open_stream(source).read_all().column("count").to_numpy()
     law = torch.tensor(counts).double() + 1
+    return (law / law.sum()).log().float()
+
+
+@torch.no_grad()
+def forget_context(model: Any, law: torch.Tensor) -> None:
+    """Makes a model that predicts every piece by the same law, whatever stands around it."""
     decoder = model.get_output_embeddings()
     decoder.weight.zero_()
-    decoder.bias.copy_((law / law.sum()).log())
+    decoder.bias.copy_(law)
 
 
 class Answer(NamedTuple):
@@ -144,16 +149,21 @@ class SpanQuiz:
         self.answers.append([Answer(begin, tuple(ids[begin:end])) for begin, end in spans])
 
     def _add_choices(self) -> None:
-        """Gives every answer nine wrong ones to be chosen from."""
+        """Gives every answer nine wrong ones to be chosen from, frequent ones more often."""
         rng = random.Random(_SEED)
         contents: dict[int, list[tuple[int, ...]]] = {}
-        for ids in sorted({answer.ids for own in self.answers for answer in own}):
-            contents.setdefault(len(ids), []).append(ids)
+        for answer in (answer for own in self.answers for answer in own):
+            contents.setdefault(len(answer.ids), []).append(answer.ids)
         for own in self.answers:
             for place, answer in enumerate(own):
-                others = [ids for ids in contents[len(answer.ids)] if ids != answer.ids]
-                if len(others) >= _WRONG:
-                    own[place] = answer._replace(choices=tuple(rng.sample(others, _WRONG)))
+                pool = contents[len(answer.ids)]
+                if len({*pool} - {answer.ids}) < _WRONG:
+                    continue
+                wrong: dict[tuple[int, ...], None] = {}
+                while len(wrong) < _WRONG:
+                    if (ids := rng.choice(pool)) != answer.ids:
+                        wrong[ids] = None
+                own[place] = answer._replace(choices=tuple(wrong))
 
     def fill(self, model: Any, tokenizer: Any, head: str) -> dict[str, Any]:
         """Share of spans, and of their pieces, that the most probable filling has right."""
@@ -169,13 +179,16 @@ class SpanQuiz:
         return {"exact": exact.by_length(), "pieces": pieces.by_length(), "spans": exact.count}
 
     @torch.no_grad()
-    def choose(self, model: Any, heads: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def choose(
+        self, model: Any, heads: Sequence[str], law: torch.Tensor
+    ) -> dict[str, dict[str, Any]]:
         """For each head, how probable the answers are.
 
         Returns:
-            `choice`: share of spans whose right content is more probable than each of nine
-            contents of other spans of the same length. `nats`: mean of minus the logarithm of the
-            probability of a right piece.
+            `choice`: share of spans whose right content beats nine contents of other spans of the
+            same length. The score is the probability given the context over the one by `law`: the
+            wrong contents are as frequent as the right one, but frequent for no reason of this
+            context. `nats`: mean of minus the logarithm of the probability of a right piece.
         """
         model.eval()
         choice, nats = ({head: _Share() for head in heads} for _ in range(2))
@@ -192,6 +205,7 @@ class SpanQuiz:
                     scores = own[torch.arange(size), candidates].sum(1)
                     nats[head].add(size, -float(scores[0]), size)
                     if answer.choices:
+                        scores -= law[candidates].sum(1)
                         choice[head].add(size, bool(scores[0] > scores[1:].max()), 1)
         return {
             head: {"choice": choice[head].by_length(), "nats": nats[head].by_length()}

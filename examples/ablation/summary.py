@@ -18,7 +18,7 @@ Measure = Callable[[dict[str, Any]], float | None]
 _COLORS = dict(zip(ARMS, ("#8C8C8C", "#4C72B0", "#DD8452", "#C44E52"), strict=True))
 _SPANS = {
     "nats": ("nats per piece of hidden spans, ", "", 1),
-    "choice": ("right of ten contents, ", ", %", 100),
+    "choice": ("right content of ten, ", ", %", 100),
     "exact": ("spans filled in right, ", ", %", 100),
     "pieces": ("their pieces right, ", ", %", 100),
 }
@@ -84,7 +84,8 @@ def _by_length(results: Lines, arms: Sequence[str], key: str) -> list[list[str]]
     rows = [[f"{before}by pieces{behind}", *LENGTHS]]
     for label, arm, head in _curves(arms):
         shares = _shares(results, arm, head, key)
-        rows.append([label, *(_spread([scale * v for v in shares[size]], 1) for size in LENGTHS)])
+        cells = [_spread([scale * v for v in shares[size]], 1) for size in LENGTHS]
+        rows += [[label, *cells]] if any(shares.values()) else []
     some = next(line["spans"]["mlm"]["spans"] for line in results)
     return [*rows, ["number of spans", *(str(some[size]) for size in LENGTHS)]]
 
@@ -114,7 +115,7 @@ def _in(result: dict[str, Any], *keys: str, scale: float = 1) -> float | None:
     value: Any = result
     for key in keys:
         value = value.get(key)
-        if value is None:
+        if value is None:  # the arm has no such head, or there was nothing to count
             return None
     return scale * float(value)
 
@@ -151,12 +152,13 @@ def draw(results: Lines, path: Path) -> None:
     }
     _dots(axes[0], results, arms, losses)
     axes[0].set(title="MLM loss on held-out text, lower is better", ylabel="nats per masked piece")
-    for label, arm, head in _curves([*reference, *arms]):
+    for label, arm, head in _curves(arms):
         shares = _shares(results, arm, head, "choice")
         means = {size: 100 * statistics.fmean(own) for size, own in shares.items() if own}
         style = {"mlm": "-", "sbo": "--", "auto": ":"}[head]
         color = _COLORS.get(arm, "black")
         axes[1].plot([*means], [*means.values()], style, marker="o", ms=4, color=color, label=label)
+    axes[1].axhline(10, color="black", lw=1, ls=":", label="by chance")
     axes[1].set(title="Right content of a hidden span, of ten", xlabel="pieces of the span")
     axes[1].set(ylabel="%")
     axes[1].legend(frameon=False, fontsize=8)
