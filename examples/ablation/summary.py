@@ -160,8 +160,10 @@ def draw(results: Lines, path: Path) -> None:
         axes[1].plot([*means], [*means.values()], style, marker="o", ms=4, color=color, label=label)
     axes[1].axhline(10, color="black", lw=1, ls=":", label="by chance")
     axes[1].set(title="Right content of a hidden span, of ten", xlabel="pieces of the span")
-    axes[1].set(ylabel="%")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].set(ylabel="%", ylim=(0, None))
+    axes[1].legend(
+        frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15)
+    )
     if tasks:
         scores = {
             task: lambda r, task=task: _in(r, "tasks", task, "f1", scale=100) for task in tasks
