@@ -1,7 +1,7 @@
 """Rows 8c and 10: encoding against ONNX Runtime, in float32 and in 8 bits.
 
 The peer is Hugging Face's model at ONNX Runtime's best: exported with written-out attention, which
-its optimizer for transformers then fuses (other exports are 10 to 25 % slower here), all
+its optimizer for transformers then fuses (other exports are up to 30 % slower here), all
 optimizations of graphs on, and quantized by its own defaults. Our 8 bits are what
 `spanbert-fast export --quantize int8` writes, run by ONNX Runtime too, in groups of equal length
 or in one call whose padding the graph drops by itself. All have the same threads.
