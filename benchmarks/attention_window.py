@@ -1,6 +1,7 @@
 """Memory and time of one pass over a long sequence, with an attention window and without.
 
     python benchmarks/attention_window.py memory    # every length in a process of its own, VmHWM
+    python benchmarks/attention_window.py memory --picture memory.png
     python benchmarks/attention_window.py time      # windowed and full in turn, in one process
 
 On a CPU, with two layers of 128 units and dropout 0.1 (`--hidden` and `--layers` change that).
@@ -72,7 +73,8 @@ def measure_once(arguments: argparse.Namespace) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """A table of the memory that a pass adds, one process for each entry."""
+    """A table of the memory that a pass adds, one process for each entry; drawn on request."""
+    lines: dict[str, list[tuple[int, float]]] = {}
     print("| pass | window | length | memory added | per 1,024 tokens | seconds |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for kind in ("forward", "training step"):
@@ -85,12 +87,39 @@ def memory(arguments: argparse.Namespace) -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 added, seconds = map(float, done.stdout.split())
                 share = added / 2**20 / (length / 1024)
+                name = f"{kind}, {f'window {window}' if window else 'all keys'}"
+                lines.setdefault(name, []).append((length, added / 2**20))
                 print(
                     f"| {kind} | {window or 'all'} | {length:,} | {added / 2**20:,.0f} MiB | "
                     f"{share:.1f} MiB | {seconds:.1f} |",
                     flush=True,
                 )
                 length *= 2
+    if arguments.picture is not None:
+        draw(lines, arguments)
+
+
+def draw(lines: dict[str, list[tuple[int, float]]], arguments: argparse.Namespace) -> None:
+    """Memory (MiB) against length, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    for (name, points), style in zip(
+        lines.items(), ("o-C0", "^--C0", "o-C1", "^--C1"), strict=True
+    ):
+        axis.loglog(*zip(*points, strict=True), style, label=name)
+    lengths = sorted({length for points in lines.values() for length, _ in points})
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    axis.set_yticks(ticks := [50, 100, 200, 500, 1_000, 2_000], [f"{tick:,}" for tick in ticks])
+    axis.set(xlabel="tokens in the sequence", ylabel="memory that one pass adds, MiB")
+    axis.set_title(
+        f"{arguments.layers} layers of {arguments.hidden} units, one CPU process a point"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(arguments.picture)
 
 
 def times(arguments: argparse.Namespace) -> None:
@@ -129,6 +158,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=65_536, help="with a window")
     parser.add_argument("--longest-full", type=int, default=8_192, help="without")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--picture", type=Path, help="file to draw the memory into")
     parser.add_argument("--kind", default="forward")
     parser.add_argument("--window", type=int, default=WINDOW, help="0: none")
     parser.add_argument("--length", type=int, default=4_096)
