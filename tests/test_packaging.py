@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -53,9 +54,11 @@ def test_wheel_is_small_complete_and_free_of_torch(
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract(extension, tmp_path)
     if sys.platform == "linux":
-        needed = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
-        assert "libstdc++" in needed
-        assert not any(word in needed for word in ("torch", "c10", "cuda", "python"))
+        listed = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+        # Names only: each line ends in a random load address, and "c10" is a hexadecimal number.
+        needed = [Path(line.split()[0]).name for line in listed.splitlines()]
+        assert any(name.startswith("libstdc++") for name in needed)
+        assert not re.search("torch|c10|cuda|python", " ".join(needed))
 
 
 def test_import_is_light_and_without_side_effects() -> None:
