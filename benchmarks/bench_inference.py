@@ -66,6 +66,29 @@ def test_encode(
     time_in_turn(benchmark, chosen, case, ours, peer, is_warm=True)
 
 
+@pytest.mark.parametrize(
+    ("way", "kind"), [("eager", "padded"), ("eager", "one by one"), ("sdpa compiled", "padded")]
+)
+def test_other_settings(benchmark: BenchmarkFixture, setting: Setting, way: str, kind: str) -> None:
+    """Hugging Face with its plain attention, and compiled."""
+    lengths = setting.lengths("ragged-50")
+    batch, model = make_batch(setting, "ragged-50"), make_model(setting, 0.0).eval()
+    encoder = make_peer(model, way.split()[0]).bert.eval()
+    if "compiled" in way:
+        torch._dynamo.reset()
+        encoder = torch.compile(encoder, backend=setting.sizes.compiler, dynamic=False)
+    ours, peer = our_encode(setting, model, batch), peer_encode(setting, encoder, batch, kind)
+    bound = 3e-2 if setting.dtype is torch.bfloat16 else 1e-4
+    assert relative_error(ours(), peer()) < bound
+    case = Case(
+        workload="ragged-50",
+        peer=f"Hugging Face {way}, {kind}",
+        tokens=sum(lengths),
+        padding=padding_of_groups(lengths, kind),
+    )
+    time_in_turn(benchmark, setting, case, ours, peer, is_warm=True)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("workload", ["ragged-50", "sentences"])
 def test_sentence_transformers(

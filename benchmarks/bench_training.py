@@ -50,6 +50,12 @@ TABLE = (
     ("5 best setting", "ragged-50", "sdpa masked looped", "bf16", "bf16"),
     ("5 best setting (fp32)", "ragged-50", "sdpa masked looped", "fp32", "fp32"),
 )
+OTHERS = tuple(
+    (workload, kind, DEFAULT, DEFAULT)
+    for workload in ("full-512", "ragged-50")
+    for kind in ("eager", "sdpa masked compiled")
+)
+"""Further settings of the peer, which answer no row; of a smaller model."""
 
 
 def merged() -> Iterator[tuple[tuple[str, ...], tuple[str, str, str, str]]]:
@@ -61,7 +67,10 @@ def merged() -> Iterator[tuple[tuple[str, ...], tuple[str, str, str, str]]]:
         yield tuple(names), key
 
 
-CASES = [pytest.param(*case, id=f"{'-'.join(case[1])}") for case in merged()]
+CASES = [
+    pytest.param(rows, what, id=f"{'small-' if not rows else ''}{'-'.join(what)}")
+    for rows, what in (*merged(), *(((), what) for what in OTHERS))
+]
 
 
 @pytest.mark.parametrize(("rows", "what"), CASES)
@@ -72,7 +81,7 @@ def test_step(
     what: tuple[str, str, str, str],
 ) -> None:
     workload, kind, own, other = what
-    base = setting.base()
+    base = setting.base() if rows else setting
     lengths = base.lengths(workload)
     case = Case(
         rows=rows,

@@ -26,7 +26,7 @@ class Record:
     threads: int = 1
     model: str = ""
     ratio: float | None = None
-    """Median; above 1 ours is better, but for the rows whose bar is an upper one."""
+    """Median of rounds; above 1 ours is better, but for the rows whose bar is an upper one."""
     ratio_20: float | None = None
     ratio_80: float | None = None
     ours_seconds: float | None = None

@@ -1,4 +1,4 @@
-"""Times two callables in turn: medians, spread of their ratio, wall and CPU time."""
+"""Times two callables in turn: median and spread of their ratio, wall and CPU time."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ def time_in_turn(
 ) -> None:
     """Times `peer`, and `ours` before each of its rounds; the record has the medians.
 
-    A machine that is slowed by its neighbours slows both; the spread is that of the ratios of
-    neighbouring rounds (20th and 80th percentile). Results were compared before.
+    A machine that is slowed by its neighbours slows both: the ratio and its spread are the median
+    and the 20th and 80th percentile of the ratios of neighbouring rounds. Results were compared
+    before.
     """
     own: list[tuple[float, float]] = []
     other: list[tuple[float, float]] = []
@@ -123,14 +124,13 @@ def make_record(
 ) -> Record:
     """The record of two series of (wall, CPU) seconds [rounds, 2], or of two series of MiB."""
     above, below = (own, other) if case.is_upper else (other, own)
-    spread = np.percentile(above[:, 0] / below[:, 0], [20, 80]) * case.scale
-    middle = np.median(above[:, 0]) / np.median(below[:, 0]) * case.scale
+    low, middle, high = np.percentile(above[:, 0] / below[:, 0], [20, 50, 80]) * case.scale
     (mine, mine_cpu), (theirs, theirs_cpu) = np.median(own, 0), np.median(other, 0)
     return replace(
         describe(benchmark, setting, case),
         ratio=float(middle),
-        ratio_20=float(spread[0]),
-        ratio_80=float(spread[1]),
+        ratio_20=float(low),
+        ratio_80=float(high),
         ours_seconds=float(mine),
         peer_seconds=float(theirs),
         ours_cpu_seconds=float(mine_cpu),
