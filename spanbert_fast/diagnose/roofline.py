@@ -83,6 +83,16 @@ class Model:
         return self.num_sequences * self.length
 
     @property
+    def read_rows(self) -> int:
+        """Rows of the last layer that the heads read: labels, and both edges of each span."""
+        return self.num_sequences * (self.mlm_rows + 2 * self.spans)
+
+    @property
+    def outer_rows(self) -> int:
+        """Rows that pass an attention output and a feed-forward, over all layers."""
+        return (self.layers - 1) * self.tokens + self.read_rows
+
+    @property
     def parameters(self) -> int:
         """Matrices of layers and heads, and tables; vectors are left out."""
         layers = 12 * self.layers * self.hidden**2
@@ -149,20 +159,19 @@ def matrix_products(model: Model) -> list[Kernel]:
     """Products of cuBLAS: layers, then heads; each has one product forward and two backward."""
 
     def products(name: str, rows: int, inner: int, columns: int, count: int) -> Kernel:
-        operands = HALF * (rows * inner + inner * columns + rows * columns)
-        return Kernel(
-            name, 3 * count, 6 * count * rows * inner * columns, bytes=3 * count * operands
-        )
+        # Rows of all launches together.
+        operands = HALF * (rows * (inner + columns) + count * inner * columns)
+        return Kernel(name, 3 * count, 6 * rows * inner * columns, bytes=3 * operands)
 
-    hidden, layers, tokens = model.hidden, model.layers, model.tokens
+    hidden, layers, outer = model.hidden, model.layers, model.outer_rows
     mlm, sbo, spans = (
         model.num_sequences * rows for rows in (model.mlm_rows, model.sbo_rows, model.spans)
     )
     return [
-        products("product: query, key, value", tokens, hidden, 3 * hidden, layers),
-        products("product: attention output", tokens, hidden, hidden, layers),
-        products("product: feed-forward in", tokens, hidden, 4 * hidden, layers),
-        products("product: feed-forward out", tokens, 4 * hidden, hidden, layers),
+        products("product: query, key, value", layers * model.tokens, hidden, 3 * hidden, layers),
+        products("product: attention output", outer, hidden, hidden, layers),
+        products("product: feed-forward in", outer, hidden, 4 * hidden, layers),
+        products("product: feed-forward out", outer, 4 * hidden, hidden, layers),
         products("product: MLM transform", mlm, hidden, hidden, 1),
         products("product: SBO first layer", spans, 2 * hidden, hidden, 1),
         products("product: SBO second layer", sbo, hidden, hidden, 1),
@@ -172,7 +181,8 @@ def matrix_products(model: Model) -> list[Kernel]:
 def row_kernels(model: Model) -> list[Kernel]:
     """Kernels without products; bytes as the docstrings of `spanbert_fast.kernels` count them."""
     hidden, layers, tokens = model.hidden, model.layers, model.tokens
-    plane, wide = HALF * tokens * hidden, HALF * tokens * 4 * hidden
+    plane, wide = HALF * tokens * hidden, HALF * 4 * hidden * model.outer_rows
+    exps, read = 4 * hidden * model.outer_rows, HALF * model.read_rows * hidden
     mlm, sbo, spans = (
         model.num_sequences * rows for rows in (model.mlm_rows, model.sbo_rows, model.spans)
     )
@@ -182,8 +192,9 @@ def row_kernels(model: Model) -> list[Kernel]:
     return [
         Kernel("norm forward", 2 * layers, bytes=2 * layers * 3 * plane),
         Kernel("norm backward", 4 * layers, bytes=2 * layers * 5 * plane),
-        Kernel("GELU forward", layers, exps=4 * tokens * hidden * layers, bytes=layers * 2 * wide),
-        Kernel("GELU backward", 2 * layers, 0, 8 * tokens * hidden * layers, layers * 3 * wide),
+        Kernel("GELU forward", layers, exps=exps, bytes=2 * wide),
+        Kernel("GELU backward", 2 * layers, 0, 2 * exps, 3 * wide),
+        Kernel("rows of the last layer, taken and put back", 12, bytes=4 * plane + 16 * read),
         Kernel("embedding forward", 1, bytes=3 * plane + plane),
         Kernel("embedding backward", 2, bytes=plane + 2 * plane + 2 * plane),
         Kernel("segment sums (3 tables)", 9, bytes=3 * 2 * plane + 2 * table),

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
-from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer, Layout
+from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+from spanbert_fast.model.layout import Layout, ReadRows
 from spanbert_fast.model.rows import Boundaries
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -131,11 +132,12 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
         dropout_seed: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        for_targets: bool = False,
     ) -> EncoderOutput:
         """Hidden states of the packed rows; no host synchronisation, except for probabilities.
 
         Args:
-            batch: The rows; its targets are not looked at.
+            batch: The rows; its targets count with `for_targets` alone.
             inputs: Where the rows come from: then states and probabilities are returned in their
                 padded shape, and `inputs.inputs_embeds` counts, if given, not `batch.input_ids`.
             dropout_seed: int64 scalar; None: drawn from torch's default generator, if there is
@@ -143,11 +145,15 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             output_hidden_states: Whether to return all of them; None: as the configuration says.
             output_attentions: Whether to return probabilities. They are computed one sequence at a
                 time, as with the "eager" attention, and the rest with them: the same numbers.
+            for_targets: Only the rows where the batch's targets are scored will be read. The last
+                layer may leave the others without meaning, which saves most of its work; it does so
+                unless all states or probabilities are asked for or a hook sees them.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        is_shown = output_hidden_states or output_attentions or self.encoder.is_watched()
         layout = Layout(
             batch.cu_seqlens,
             batch.max_seqlen,
@@ -155,6 +161,7 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             self._dropout_seed(dropout_seed, batch.cu_seqlens.device),
             inputs,
             bool(output_attentions),
+            ReadRows.of(batch) if for_targets and not is_shown else None,
         )
         embeds = None if inputs is None else inputs.inputs_embeds
         hidden = self.embeddings(

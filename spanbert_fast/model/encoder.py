@@ -16,35 +16,10 @@ from torch.nn import functional
 from spanbert_fast.config import Config
 from spanbert_fast.model.eager_attention import mix_values
 from spanbert_fast.model.inputs import PackedInputs
+from spanbert_fast.model.layout import Layout
 from spanbert_fast.ops.activation import bias_gelu
 from spanbert_fast.ops.embedding import bert_embedding
 from spanbert_fast.ops.norm import dropout_add_layer_norm
-
-
-class Layout(NamedTuple):
-    """Where the sequences lie in the packed rows, and what their dropout masks are drawn from."""
-
-    cu_seqlens: Tensor
-    """int32 [B + 1]."""
-    max_seqlen: int
-    """Length of the longest sequence, or any bound above it."""
-    sequence_ids: Tensor
-    """int64 [B]."""
-    seed: Tensor | None
-    """int64 scalar; None: no dropout."""
-    inputs: PackedInputs | None = None
-    """The padded batch in whose shape states and probabilities are returned; None: packed."""
-    wants_probabilities: bool = False
-    """Whether attention probabilities are returned."""
-
-    def dropout(self, p: float, site: int) -> dict[str, Any]:
-        """What the ops take for a dropout with probability `p` at this place in the model."""
-        return {
-            "dropout_p": 0.0 if self.seed is None else p,
-            "seed": self.seed,
-            "sequence_ids": self.sequence_ids,
-            "site": site,
-        }
 
 
 class EncoderOutput(NamedTuple):
@@ -65,15 +40,20 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     weight is, and hooks or a patched `forward` act when it is called. In all these cases it has to
     be called; otherwise its weight may go to a fused operation directly.
     """
+    wraps = any(hasattr(tensor, "__tensor_flatten__") for tensor in module._parameters.values())
+    is_called = has_hooks(module) or wraps or "forward" in vars(module)
+    return type(module) is kind and not is_called
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is told when `module` is called."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    wraps = any(hasattr(tensor, "__tensor_flatten__") for tensor in module._parameters.values())
-    is_called = any(hooks) or wraps or "forward" in vars(module)
-    return type(module) is kind and not is_called
+    return any(hooks)
 
 
 class Embeddings(nn.Module):
@@ -191,9 +171,12 @@ class ResidualOutput(nn.Module):
         self.site = site
 
     def forward(self, rows: Tensor, residual: Tensor, layout: Layout) -> Tensor:
-        """[T, input size] and the residual stream [T, D] -> the new residual stream [T, D]."""
+        """Rows [T, input size] and the residual stream [T, D] -> the new residual stream [T, D].
+
+        Of the rows, those alone that `layout` reads.
+        """
         return dropout_add_layer_norm(
-            self.dense(rows),
+            layout.put(self.dense(rows), residual.shape[0]),
             residual,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
@@ -214,7 +197,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """The residual stream [T, D] after attention, and the probabilities, if there are any."""
         mixed, probabilities = self.self(hidden, layout)
-        return self.output(mixed, hidden, layout), probabilities
+        return self.output(layout.take(mixed), hidden, layout), probabilities
 
 
 class Intermediate(nn.Module):
@@ -253,7 +236,8 @@ class Layer(nn.Module):
 
     def _compute(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         hidden, probabilities = self.attention(hidden, layout)
-        return self.output(self.intermediate(hidden), hidden, layout), probabilities
+        wide = self.intermediate(layout.take(hidden))
+        return self.output(wide, hidden, layout), probabilities
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """The residual stream [T, D] after this layer, and the probabilities, if there are any."""
@@ -267,20 +251,26 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All layers, one after another."""
+    """All layers, one after another; of the last, only the rows that `Layout.read` names."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
 
+    def is_watched(self) -> bool:
+        """Whether hooks see what the last layer computes: then all of it has to be there."""
+        return any(has_hooks(module) for module in (self, *self.layer[-1].modules()))
+
     def forward(self, hidden: Tensor, layout: Layout, wants_states: bool) -> EncoderOutput:
         """The embedding [T, D] -> the last hidden state and what else was asked for."""
         states: list[Tensor] = []
         attentions = []
-        for layer in self.layer:
+        whole = layout._replace(read=None)
+        for number, layer in enumerate(self.layer, 1):
             if wants_states:
                 hidden = _show(hidden, layout.inputs, states)
-            hidden, probabilities = layer(hidden, layout)
+            is_last = number == len(self.layer)
+            hidden, probabilities = layer(hidden, layout if is_last else whole)
             attentions.append(probabilities)
         if wants_states:
             hidden = _show(hidden, layout.inputs, states)

@@ -203,24 +203,27 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
 
     def score_packed(self, batch: PackedBatch, *, dropout_seed: Tensor | None = None) -> RowScores:
         """Loss and hit of every target of a packed batch, for evaluation by offset or length."""
-        encoded = self.bert.encode_packed(batch, dropout_seed=dropout_seed)
+        encoded = self.bert.encode_packed(batch, dropout_seed=dropout_seed, for_targets=True)
         return self.cls.score(encoded.last_hidden_state, batch)
 
     def _answer(
         self, batch: PackedBatch, request: Request, inputs: PackedInputs | None = None
     ) -> SpanBertOutput:
+        has_targets = {
+            "mlm": batch.mlm_labels.shape[0] > 0,
+            "sbo": batch.sbo_targets.shape[0] > 0 and request.has_sbo_targets,
+        }
+        gives_mlm = self._gives_logits("mlm", request, has_targets["mlm"])
+        gives_sbo = self._gives_logits("sbo", request, has_targets["sbo"])
         encoded = self.bert.encode_packed(
             batch,
             inputs=inputs,
             dropout_seed=request.dropout_seed,
             output_hidden_states=request.output_hidden_states,
             output_attentions=request.output_attentions,
+            for_targets=not gives_mlm,
         )
         hidden = encoded.last_hidden_state
-        has_targets = {
-            "mlm": batch.mlm_labels.shape[0] > 0,
-            "sbo": batch.sbo_targets.shape[0] > 0 and request.has_sbo_targets,
-        }
         for head in [head for head in self.config.untrained_heads if has_targets[head]]:
             if self.training:
                 self.config.untrained_heads.remove(head)
@@ -235,9 +238,9 @@ class Model(ReportedLoading, SpanBertPreTrainedModel):  # type: ignore[no-untype
                 batch.row_weights,
             )
         logits = sbo_logits = None
-        if self._gives_logits("mlm", request, has_targets["mlm"]):
+        if gives_mlm:
             logits = self.cls.mlm_logits(hidden)
-        if batch.sbo_targets.shape[0] and self._gives_logits("sbo", request, has_targets["sbo"]):
+        if gives_sbo and batch.sbo_targets.shape[0]:
             sbo_logits = self.cls.sbo_logits(hidden, batch)
         if inputs is not None and logits is not None:
             logits = inputs.unpack(logits)

@@ -217,7 +217,7 @@ def _score(
     batch = _pack(model, sequences, runs, heads)
     scores: dict[str, Iterator[Tensor]] = {}
     with inference(model):
-        hidden = model.bert.encode_packed(batch).last_hidden_state
+        hidden = model.bert.encode_packed(batch, for_targets=True).last_hidden_state
         for name in ("mlm", "sbo"):
             sizes = [run.length for run in runs if name in heads[run.group]]
             if not sizes:

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
+from spanbert_fast.model.layout import ReadRows
 from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.train.events import EvaluationResult, Progress, Segmented
 
@@ -169,8 +170,9 @@ def model_flops(config: Config, batch: PackedBatch, *, frozen_encoder: bool = Fa
     """Multiply-add work, counted as 2 each, of one forward and backward pass over a batch.
 
     Matrix products only: four projections and two feed-forward products per token and layer, two
-    attention products over the pairs in reach, and both heads on the rows that have a target. The
-    backward pass counts twice the forward; recomputed activations do not count.
+    attention products over the pairs in reach, and both heads on the rows that have a target; of
+    the last layer, all behind the attention on the rows that the heads read. The backward pass
+    counts twice the forward; recomputed activations do not count.
 
     Args:
         config: Shape of the model.
@@ -179,14 +181,16 @@ def model_flops(config: Config, batch: PackedBatch, *, frozen_encoder: bool = Fa
     """
     hidden, feed_forward = int(config.hidden_size), int(config.intermediate_size)
     lengths = batch.cu_seqlens.diff().double()
-    per_token = 4 * hidden**2 + 2 * hidden * feed_forward
+    inner, outer = 3 * hidden**2, hidden**2 + 2 * hidden * feed_forward
     reach = lengths - 1
     if config.attention_window is not None:
         reach = reach.clamp(max=config.attention_window)
     # Each token sees itself and up to `reach` on each side; both ends lack a triangle.
     pairs = lengths * (2 * reach + 1) - reach * (reach + 1)
     attention = 2 * hidden * float(pairs.sum())
-    encoder = int(config.num_hidden_layers) * (per_token * batch.num_tokens + attention)
+    layers, tokens = int(config.num_hidden_layers), batch.num_tokens
+    encoder = layers * (inner * tokens + attention)
+    encoder += outer * ((layers - 1) * tokens + ReadRows.count(batch))
     num_rows = len(batch.mlm_positions) + len(batch.sbo_targets)
     heads = num_rows * (hidden**2 + hidden * int(config.vocab_size))
     boundaries = 2 * len(batch.sbo_left) * hidden**2

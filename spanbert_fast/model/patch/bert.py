@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.output_capturing import capture_outputs
 
 from spanbert_fast.model.backbone import refuse_decoder_arguments
-from spanbert_fast.model.encoder import Layout
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
+from spanbert_fast.model.layout import Layout
 from spanbert_fast.model.patch.packed import (
     ATTENTIONS,
     Packed,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from spanbert_fast.model.encoder import Layout, is_plain
+from spanbert_fast.model.encoder import is_plain
 from spanbert_fast.model.inputs import PackedInputs
+from spanbert_fast.model.layout import Layout
 
 ATTENTIONS = ("sdpa", "eager")
 
