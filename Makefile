@@ -51,7 +51,7 @@ test-tensorflow: $(VENV)/development $(VENV)/core .tensorflow .real_weights
 	SPANBERT_FAST_TENSORFLOW=$(CURDIR)/.tensorflow $(BIN)/python -m pytest tests/convert/test_tensorflow.py
 
 verify-export: $(VENV)/development $(VENV)/core .real_weights
-	$(BIN)/python -m pytest tests/convert/test_export.py -m slow --timeout=900
+	$(BIN)/python -m pytest tests/convert/test_export.py -m slow
 
 conformance: $(VENV)/development $(VENV)/core $(CONFORMANCE)
 	$(BIN)/python tests/conformance/run.py

@@ -33,7 +33,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_every_benchmark_runs() -> None:
     options = ("--benchmark-disable", "-p", "no:cacheprovider")
     # A compiled peer takes seconds, and takes the same lines on every workload.

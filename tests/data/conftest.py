@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     folder = tmp_path_factory.mktemp("shards")
     (folder / "corpus.txt").write_text(as_lines(documents(2, 250)))
     options = PrepareOptions(
-        input=(str(folder / "corpus.txt"),),
+        input=("corpus.txt",),
         output=folder / "out",
         tokenizer=str(tokenizer_folder),
         seq_length=32,
@@ -39,7 +40,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
         validation_permille=100,
         workers=1,
     )
-    prepare(options)
+    # By a relative name: the manifest holds it, and the order of the blocks depends on that.
+    with contextlib.chdir(folder):
+        prepare(options)
     return TokenShards.open(options.output)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import span_masker as oracle
 from oracles.masking_inputs import (
@@ -47,12 +47,7 @@ def rules(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(
-    max_examples=2000,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@settings(max_examples=2000)
 @given(
     rule=rules(),
     vocabulary_size=st.sampled_from([8, 50, 28_996, 250_000]),

@@ -24,7 +24,7 @@ def random_lengths(seed, rows):
     return np.random.Generator(np.random.PCG64(seed)).integers(1, 511, rows).astype(np.int32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 12_000), st.integers(0, 2**64), st.integers(0, 2**32 - 1), st.integers(0, 5000)
 )
@@ -91,7 +91,7 @@ def test_golden_order():
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 399), unique=True, max_size=60), st.integers(1, 16))
 def test_rows_are_dealt_evenly(rows, num_parts):
     lengths = random_lengths(2, 400)

@@ -17,7 +17,7 @@ SIMULATOR = Path(
 )
 HAS_SIMULATOR = (SIMULATOR / "ptxsim").is_dir()
 NO_SIMULATOR = "ptxsim is absent: SPANBERT_FAST_PTXSIM names the directory that holds it"
-TIMEOUT = 280
+TIMEOUT = 1100  # below that of a test, so that what was printed is shown
 
 needs_simulator = pytest.mark.skipif(not HAS_SIMULATOR, reason=NO_SIMULATOR)
 

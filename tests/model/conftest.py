@@ -18,7 +18,6 @@ LENGTHS = (14, 9, 14, 5)
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     logging.disable_progress_bar()
-    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def seed() -> Tensor:
     return torch.tensor(-1234567890123456789)

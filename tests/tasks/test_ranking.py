@@ -21,7 +21,7 @@ def brute_force(columns: list[list[float]], k: int) -> list[float]:
 
 
 @given(columns=COLUMNS, k=st.integers(1, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_equals_brute_force(columns: list[list[float]], k: int) -> None:
     columns = [sorted(column, reverse=True) for column in columns]
     found = k_best(columns, k)

@@ -105,7 +105,7 @@ def test_a_text_has_the_same_vectors_in_any_company(model: Model, tokenizer: Any
         assert one.pieces == two.pieces == three.pieces
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_span_takes_every_piece_that_it_touches(
     model: Model, tokenizer: Any, data: st.DataObject

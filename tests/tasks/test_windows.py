@@ -38,7 +38,7 @@ def texts(draw: st.DrawFn) -> tuple[int, int, int]:
     return draw(st.integers(1, 200_000)), size, draw(st.integers(0, size - 1))
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(texts(), st.integers(0, 2**32))
 @example((200_000, 510, 255), 0)
 @example((200_000, 2, 1), 0)
@@ -73,7 +73,7 @@ def test_every_piece_is_owned_once_by_the_window_with_the_farthest_edges(
         assert window_of(plan, piece, piece + 1) == plan[owner][:2]
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(texts(), st.data())
 def test_a_span_is_read_whole_and_far_from_the_edges(
     shape: tuple[int, int, int], data: st.DataObject

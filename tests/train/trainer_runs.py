@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,9 +118,12 @@ def one_step(
     return {"log": trainer.state.log_history[0], "gradient": keep.gradient}
 
 
-def _rank(rank: int, port: int, folder: Path, size: int, accumulation: int) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | address
+def _rank(rank: int, folder: Path, size: int, accumulation: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    # They meet in a file: a port that was free a moment ago may be another process's by now.
+    store = (folder / "meeting").absolute().as_uri()
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     step = one_step(folder, size, accumulation, ddp_backend="gloo")
     assert torch.distributed.get_world_size() == 2
     torch.save(step, folder / f"rank{rank}.pt")
@@ -129,14 +131,11 @@ def _rank(rank: int, port: int, folder: Path, size: int, accumulation: int) -> N
 
 
 if __name__ == "__main__":
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
     # Forked, as importing transformers takes most of the time; a new process for it, as one that
     # has trained already must not fork.
     torch.multiprocessing.start_processes(
         _rank,
-        (free_port, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])),
+        (Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])),
         nprocs=2,
         start_method="fork",
     )
