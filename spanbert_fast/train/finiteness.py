@@ -36,7 +36,7 @@ class NonFiniteError(RuntimeError):
 class _Verdict:
     step: int
     flags: Tensor
-    """[1 + micro-batches] on the host: the run must stop; the loss of a micro-batch is bad."""
+    """bool on the host: [micro-batches] a loss is bad; the norm is; under a scale, whether it may."""
     copied: torch.cuda.Event | None
     example_ids: Sequence[Tensor]
 
@@ -53,7 +53,7 @@ class FinitenessGuard:
     def judge(
         self,
         step: int,
-        losses: Tensor,
+        losses: Sequence[Tensor],
         norm: Tensor,
         example_ids: Sequence[Tensor],
         *,
@@ -63,23 +63,23 @@ class FinitenessGuard:
 
         Args:
             step: Counted from 1.
-            losses: [micro-batches], on the device.
+            losses: Of each micro-batch, 0-dim, on the device.
             norm: Global norm of the gradient, 0-dim, on the device.
             example_ids: Of each micro-batch, on the host.
             may_overflow: A gradient that is not finite skips the update but does not end the run,
                 because a loss scale will give way.
         """
-        bad_losses = ~torch.isfinite(losses)
-        bad_norm = ~torch.isfinite(norm)
-        skip = bad_losses.any() | bad_norm
-        stop = bad_losses.any() | (bad_norm & ~torch.as_tensor(may_overflow, device=norm.device))
-        flags = torch.cat([stop[None], bad_losses]).to("cpu", non_blocking=True)
+        values = torch.stack([*losses, norm])
+        flags = bad = values - values != 0  # infinity minus itself is no number: not 0 either
+        if may_overflow is not False:
+            flags = torch.cat([bad, torch.as_tensor(may_overflow, device=bad.device)[None]])
+        flags = flags.to("cpu", non_blocking=True)
         copied = None
-        if losses.device.type == "cuda":
+        if bad.device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(losses.device))
+            copied.record(torch.cuda.current_stream(bad.device))
         self._last = _Verdict(step, flags, copied, example_ids)
-        return skip.float()
+        return bad.any().float()
 
     def check(self) -> None:
         """Look at the verdict on the last judged step.
@@ -92,8 +92,9 @@ class FinitenessGuard:
         verdict, self._last = self._last, None
         if verdict.copied is not None:
             verdict.copied.synchronize()
-        stop, *bad_losses = verdict.flags.tolist()
-        if not stop:
+        flags, num_losses = verdict.flags.tolist(), len(verdict.example_ids)
+        bad_losses, (bad_norm, *may_overflow) = flags[:num_losses], flags[num_losses:]
+        if not any(bad_losses) and (not bad_norm or any(may_overflow)):
             return
         named = [i for i, is_bad in enumerate(bad_losses) if is_bad] or range(len(bad_losses))
         ids = [example for index in named for example in verdict.example_ids[index].tolist()]
