@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class _Verdict:
     step: int
-    flags: Tensor
-    """bool on the host: [micro-batches] a loss is bad; the norm is; under a scale, whether it may."""
+    values: Tensor
+    """On the host: the loss of each micro-batch, the norm, and whether the norm may overflow."""
     copied: torch.cuda.Event | None
     example_ids: Sequence[Tensor]
 
@@ -70,16 +71,17 @@ class FinitenessGuard:
                 because a loss scale will give way.
         """
         values = torch.stack([*losses, norm])
-        flags = bad = values - values != 0  # infinity minus itself is no number: not 0 either
+        # Each kernel counts in a short step. What is infinite, minus itself, is no number.
+        skip = torch.nan_to_num(values - values, nan=1.0).amax()
         if may_overflow is not False:
-            flags = torch.cat([bad, torch.as_tensor(may_overflow, device=bad.device)[None]])
-        flags = flags.to("cpu", non_blocking=True)
+            values = torch.cat([values, torch.as_tensor(may_overflow, device=norm.device)[None]])
+        values = values.to("cpu", non_blocking=True)
         copied = None
-        if bad.device.type == "cuda":
+        if norm.device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(bad.device))
-        self._last = _Verdict(step, flags, copied, example_ids)
-        return bad.any().float()
+            copied.record(torch.cuda.current_stream(norm.device))
+        self._last = _Verdict(step, values, copied, example_ids)
+        return skip.float()
 
     def check(self) -> None:
         """Look at the verdict on the last judged step.
@@ -92,9 +94,10 @@ class FinitenessGuard:
         verdict, self._last = self._last, None
         if verdict.copied is not None:
             verdict.copied.synchronize()
-        flags, num_losses = verdict.flags.tolist(), len(verdict.example_ids)
-        bad_losses, (bad_norm, *may_overflow) = flags[:num_losses], flags[num_losses:]
-        if not any(bad_losses) and (not bad_norm or any(may_overflow)):
+        values, num_losses = verdict.values.tolist(), len(verdict.example_ids)
+        bad_losses = [not math.isfinite(loss) for loss in values[:num_losses]]
+        norm, *may_overflow = values[num_losses:]
+        if not any(bad_losses) and (math.isfinite(norm) or any(may_overflow)):
             return
         named = [i for i, is_bad in enumerate(bad_losses) if is_bad] or range(len(bad_losses))
         ids = [example for index in named for example in verdict.example_ids[index].tolist()]

@@ -20,6 +20,8 @@ from spanbert_fast.config import Config
 from spanbert_fast.train.events import EvaluationResult, Progress, Segmented
 
 _LONGEST_PROBE_SECONDS = 0.2
+# To stack a few scalars costs a short step more than to keep them, but many take room.
+_MOST_SCALARS = 256
 
 
 class MetricsLog:
@@ -98,9 +100,9 @@ class _Part(NamedTuple):
         return cls(
             batch.cu_seqlens,
             batch.num_tokens,
-            len(batch.mlm_positions),
-            len(batch.sbo_targets),
-            len(batch.sbo_left),
+            batch.mlm_positions.shape[0],
+            batch.sbo_targets.shape[0],
+            batch.sbo_left.shape[0],
         )
 
 
@@ -128,7 +130,8 @@ class Meter:
 
     def _reset(self) -> None:
         self._interval_steps = 0
-        self._losses: list[Tensor] = []
+        self._losses: list[Sequence[Tensor]] = []
+        self._folded: list[Tensor] = []
         self._parts: list[_Part] = []
 
     def add(self, losses: Sequence[Tensor], batch: PackedBatch) -> None:
@@ -138,7 +141,9 @@ class Meter:
             losses: Its loss and the means of MLM and, if that is learned, SBO: all detached.
             batch: What went in, on the host.
         """
-        self._losses.append(torch.stack(tuple(losses)))
+        self._losses.append(losses)
+        if len(self._losses) == _MOST_SCALARS:
+            self._fold()
         part = _Part.of(batch)
         self._parts.append(part)
         self.tokens += part.num_tokens
@@ -156,7 +161,8 @@ class Meter:
 
     def read(self, step: int, epoch: int, learning_rate: float, norm: Tensor) -> Progress:
         """The means since the last call; `step` steps are done."""
-        losses = torch.stack(self._losses).double()
+        self._fold()
+        losses = torch.cat(self._folded).double()
         counts = torch.tensor([(1, part.num_mlm, part.num_sbo) for part in self._parts])
         weights = counts[:, : losses.shape[1]].to(losses.device)
         loss, mlm_sum, *sbo_sum = (losses * weights).sum(0).tolist()
@@ -183,6 +189,14 @@ class Meter:
         self._last = now
         self._reset()
         return progress
+
+    def _fold(self) -> None:
+        """Put the scalars of many micro-batches into one tensor [micro-batches, 2 or 3]."""
+        if self._losses:
+            width = len(self._losses[0])
+            scalars = [loss for losses in self._losses for loss in losses]
+            self._folded.append(torch.stack(scalars).view(-1, width))
+            self._losses = []
 
     def _interval_flops(self) -> float:
         parts = self._parts

@@ -122,12 +122,13 @@ def _train(run: Run, emit: Emit) -> EvaluationResult | None:
             progress = meter.read(done, step.epoch, rate, norm)
             run.log.progress(progress)
             emit(progress)
-        with meter.paused():
-            if evaluates:
-                evaluation = _evaluate(run, emit, done)
-                run.log.evaluation(done, evaluation)
-            if saves:
-                _save(run, emit, done)
+        if evaluates or saves:
+            with meter.paused():
+                if evaluates:
+                    evaluation = _evaluate(run, emit, done)
+                    run.log.evaluation(done, evaluation)
+                if saves:
+                    _save(run, emit, done)
     return evaluation
 
 
@@ -156,7 +157,7 @@ def dropout_seed(seed: int, step: int) -> Tensor:
     word = (seed * 0x9E3779B97F4A7C15 + step) & (2**64 - 1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         word = ((word ^ (word >> shift)) * factor) & (2**64 - 1)
-    return torch.tensor((word ^ (word >> 31)) >> 1)
+    return torch.full((), (word ^ (word >> 31)) >> 1)
 
 
 def _evaluate(run: Run, emit: Emit, step: int) -> EvaluationResult:

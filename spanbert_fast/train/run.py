@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -108,6 +109,8 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of a forward pass: one context, to be entered again and again."""
         dtype = autocast_dtype(self.precision)
+        if dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type):
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     @functools.cached_property
