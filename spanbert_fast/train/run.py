@@ -238,9 +238,7 @@ def _take_up(
     if checkpoint:
         run.restore(checkpoint)
     if settings.segment_every:
-        run.periods = SpanPeriods(
-                settings, run.source, model, lambda: run.autocast, run.log, emit
-            )
+        run.periods = SpanPeriods(settings, run.source, model, lambda: run.autocast, run.log, emit)
         if checkpoint:
             spans = checkpoint.state.get("spans")
             run.periods.restore(checkpoint.step, spans, allow=allow_inexact)
