@@ -64,7 +64,9 @@ class PackedBatch:
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same batch on `device`."""
+        """The same batch on `device`; this one, if it is there already."""
+        if self.input_ids.device == torch.device(device):
+            return self
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:

@@ -137,10 +137,11 @@ class PretrainView(_View):
             f"{event.tokens_per_second:,.0f} tokens/s",
             f"mfu {event.flop_utilisation:.0%}",
         )
+        spans = () if event.sbo_loss is None else (f"sbo {event.sbo_loss:.3f}",)
         losses = (
             f"loss {event.loss:.3f}",
             f"mlm {event.mlm_loss:.3f}",
-            f"sbo {event.sbo_loss:.3f}",
+            *spans,
             f"lr {event.learning_rate:.1e}",
         )
         if self.task is not None:

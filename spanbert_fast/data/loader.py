@@ -64,6 +64,7 @@ class StepLoader:
         prefetch: int = 4,
         pin_memory: bool = False,
         row_weights: RowWeights | None = None,
+        with_spans: bool = True,
     ) -> None:
         """Starts the thread.
 
@@ -81,6 +82,7 @@ class StepLoader:
             prefetch: steps that may wait ready.
             pin_memory: put the tensors into page-locked memory.
             row_weights: gives `PackedBatch.row_weights`; None: every target weighs 1.
+            with_spans: False leaves the targets of the span boundary head out, masks as they are.
 
         Raises:
             ValueError: an argument is out of range, or a block does not fit into a step.
@@ -98,6 +100,7 @@ class StepLoader:
         self._shards, self._split, self._masker = shards, split, masker
         self._num_micro_batches, self._rank, self._world_size = num_micro_batches, rank, world_size
         self._pin_memory, self._row_weights = pin_memory, row_weights
+        self._with_spans = with_spans
         self._lengths = shards.lengths(split)
         if len(self._lengths) == 0:
             raise ValueError(f"split {split!r} of {shards.directory} is empty, must hold blocks")
@@ -191,10 +194,20 @@ class StepLoader:
             num_items += len(batch.mlm_positions)
             if number % self._world_size == self._rank:
                 own.append((batch, part))
-        micro_batches = [_pack(batch, part, num_items, self._row_weights) for batch, part in own]
+        micro_batches = [self._pack(batch, part, num_items) for batch, part in own]
         if self._pin_memory:
             micro_batches = [batch.pin_memory() for batch in micro_batches]
         return Step(step=step, epoch=epoch, example_ids=rows, micro_batches=micro_batches)
+
+    def _pack(self, batch: AssembledBatch, rows: Int64s, num_items: int) -> PackedBatch:
+        weights = None if self._row_weights is None else self._row_weights(batch)
+        if not self._with_spans:
+            none = np.empty(0, np.int64)
+            batch = batch._replace(
+                sbo_left=none, sbo_right=none, sbo_cu=np.zeros(1, np.int32), sbo_targets=none
+            )
+            weights = None if weights is None else weights[: len(batch.mlm_positions)]
+        return _pack(batch, rows, num_items, weights)
 
 
 def evaluation_batches(
@@ -249,7 +262,7 @@ def _pack(
     batch: AssembledBatch,
     rows: Int64s,
     num_items: int | None,
-    row_weights: RowWeights | None = None,
+    row_weights: npt.NDArray[np.float32] | None = None,
 ) -> PackedBatch:
     tensors = {name: torch.from_numpy(array) for name, array in batch._asdict().items()}
     return PackedBatch(
@@ -257,6 +270,6 @@ def _pack(
         token_type_ids=torch.zeros_like(tensors["input_ids"]),
         max_seqlen=int(np.diff(batch.cu_seqlens).max()),
         sequence_ids=torch.from_numpy(rows),
-        row_weights=None if row_weights is None else torch.from_numpy(row_weights(batch)),
+        row_weights=None if row_weights is None else torch.from_numpy(row_weights),
         num_items=num_items,
     )

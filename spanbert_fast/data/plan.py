@@ -69,7 +69,7 @@ class EpochPlan:
     Rows are permuted; each window of 4,096 is sorted by length, upwards and downwards in turn so
     that neighbours stay alike where windows meet; the stream of windows is cut into batches of at
     most `global_batch_tokens` real tokens, [CLS] and [SEP] included; the batches are permuted. Only
-    the cuts are stored.
+    the cuts and their order are stored.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class EpochPlan:
         # Batches are permuted, so a window is asked for once per batch that it holds.
         self._window = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._make_window)
         self._cuts = self._find_cuts(global_batch_tokens)
-        self._batches = KeyedPermutation(
-            len(self._cuts) - 1, key=key, epoch=epoch, stream=_BATCHES_STREAM
-        )
+        batches = KeyedPermutation(self.num_batches, key=key, epoch=epoch, stream=_BATCHES_STREAM)
+        # At once: one by one, a batch costs more than to read its tokens.
+        self._places = batches(np.arange(self.num_batches, dtype=np.int64))
 
     @property
     def num_batches(self) -> int:
@@ -124,7 +124,7 @@ class EpochPlan:
         """int64 [B], the rows of a batch."""
         if not 0 <= index < self.num_batches:
             raise ValueError(f"index is {index}, must be in [0, {self.num_batches - 1}]")
-        place = int(self._batches(np.array([index], np.int64))[0])
+        place = int(self._places[index])
         start, end = int(self._cuts[place]), int(self._cuts[place + 1])
         first, last = start // WINDOW, (end - 1) // WINDOW
         rows = np.concatenate([self._window(number) for number in range(first, last + 1)])
@@ -194,6 +194,8 @@ def split_rows(rows: Int64s, lengths: Int32s, num_parts: int) -> list[Int64s]:
     """
     if num_parts < 1:
         raise ValueError(f"num_parts is {num_parts}, must be at least 1")
+    if num_parts == 1:
+        return [np.sort(rows)]
     tokens = lengths[rows].astype(np.int64) + SPECIAL_TOKENS_PER_BLOCK
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     loads = [(0, part) for part in range(num_parts)]

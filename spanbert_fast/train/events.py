@@ -97,7 +97,8 @@ class Progress:
     epoch: int
     loss: float
     mlm_loss: float
-    sbo_loss: float
+    sbo_loss: float | None
+    """None where the span boundary head is not learned: its weight is 0."""
     learning_rate: float
     gradient_norm: float
     """Before clipping, of the last step."""

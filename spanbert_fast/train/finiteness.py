@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class _Verdict:
     step: int
-    flags: Tensor
-    """[1 + micro-batches] on the host: the run must stop; the loss of a micro-batch is bad."""
+    values: Tensor
+    """On the host: the loss of each micro-batch, the norm, and whether the norm may overflow."""
     copied: torch.cuda.Event | None
     example_ids: Sequence[Tensor]
 
@@ -53,7 +54,7 @@ class FinitenessGuard:
     def judge(
         self,
         step: int,
-        losses: Tensor,
+        losses: Sequence[Tensor],
         norm: Tensor,
         example_ids: Sequence[Tensor],
         *,
@@ -63,22 +64,23 @@ class FinitenessGuard:
 
         Args:
             step: Counted from 1.
-            losses: [micro-batches], on the device.
+            losses: Of each micro-batch, 0-dim, on the device.
             norm: Global norm of the gradient, 0-dim, on the device.
             example_ids: Of each micro-batch, on the host.
             may_overflow: A gradient that is not finite skips the update but does not end the run,
                 because a loss scale will give way.
         """
-        bad_losses = ~torch.isfinite(losses)
-        bad_norm = ~torch.isfinite(norm)
-        skip = bad_losses.any() | bad_norm
-        stop = bad_losses.any() | (bad_norm & ~torch.as_tensor(may_overflow, device=norm.device))
-        flags = torch.cat([stop[None], bad_losses]).to("cpu", non_blocking=True)
+        values = torch.stack([*losses, norm])
+        # Each kernel counts in a short step. What is infinite, minus itself, is no number.
+        skip = torch.nan_to_num(values - values, nan=1.0).amax()
+        if may_overflow is not False:
+            values = torch.cat([values, torch.as_tensor(may_overflow, device=norm.device)[None]])
+        values = values.to("cpu", non_blocking=True)
         copied = None
-        if losses.device.type == "cuda":
+        if norm.device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(losses.device))
-        self._last = _Verdict(step, flags, copied, example_ids)
+            copied.record(torch.cuda.current_stream(norm.device))
+        self._last = _Verdict(step, values, copied, example_ids)
         return skip.float()
 
     def check(self) -> None:
@@ -92,8 +94,10 @@ class FinitenessGuard:
         verdict, self._last = self._last, None
         if verdict.copied is not None:
             verdict.copied.synchronize()
-        stop, *bad_losses = verdict.flags.tolist()
-        if not stop:
+        values, num_losses = verdict.values.tolist(), len(verdict.example_ids)
+        bad_losses = [not math.isfinite(loss) for loss in values[:num_losses]]
+        norm, *may_overflow = values[num_losses:]
+        if not any(bad_losses) and (math.isfinite(norm) or any(may_overflow)):
             return
         named = [i for i, is_bad in enumerate(bad_losses) if is_bad] or range(len(bad_losses))
         ids = [example for index in named for example in verdict.example_ids[index].tolist()]

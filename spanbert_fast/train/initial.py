@@ -49,6 +49,8 @@ def build_model(settings: Settings, source: Source) -> Model:
         model = Model(Config.preset(settings.preset, **(fields | settings.model)))
         if settings.unigram_bias:
             _start_from_unigram_law(model, source, HEADS)
+        if model.config.sbo_weight == 0 and "sbo" not in model.config.untrained_heads:
+            model.config.untrained_heads.append("sbo")  # random, and nothing will train it
     source.check_positions(int(model.config.max_position_embeddings))
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()

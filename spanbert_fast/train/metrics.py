@@ -7,9 +7,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.layout import ReadRows
-from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.train.events import EvaluationResult, Progress, Segmented
 
 _LONGEST_PROBE_SECONDS = 0.2
+# To stack a few scalars costs a short step more than to keep them, but many take room.
+_MOST_SCALARS = 256
 
 
 class MetricsLog:
@@ -85,12 +86,46 @@ def _cut(path: Path, last_step: int) -> None:
     temporary.replace(path)
 
 
+class _Part(NamedTuple):
+    """What the figures need of a micro-batch: kept by the hundred, so without its tokens."""
+
+    cu_seqlens: Tensor
+    """int32 [B + 1], on the host."""
+    num_tokens: int
+    num_mlm: int
+    num_sbo: int
+    num_spans: int
+    num_read: int
+    """Rows of the last layer."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Self:
+        return cls(
+            batch.cu_seqlens,
+            batch.num_tokens,
+            batch.mlm_positions.shape[0],
+            batch.sbo_targets.shape[0],
+            batch.sbo_left.shape[0],
+            ReadRows.count(batch),
+        )
+
+
 class Meter:
     """Sums over the steps between two lines; losses stay on the device until they are read."""
 
-    def __init__(self, *, num_steps: int, start_step: int, start_tokens: int, peak: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        frozen_encoder: bool,
+        num_steps: int,
+        start_step: int,
+        start_tokens: int,
+        peak: float,
+    ) -> None:
         self.tokens = start_tokens
         """Real tokens since the beginning of the run."""
+        self._config, self._frozen_encoder = config, frozen_encoder
         self._num_steps = num_steps
         self._start_step = start_step
         self._peak = peak
@@ -98,36 +133,24 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._interval_steps = self._interval_tokens = 0
-        self._mlm_targets = self._sbo_targets = 0
-        self._flops = 0.0
-        self._sums: list[Tensor] = []
+        self._interval_steps = 0
+        self._losses: list[Sequence[Tensor]] = []
+        self._folded: list[Tensor] = []
+        self._parts: list[_Part] = []
 
-    def add(self, output: SpanBertOutput, batch: PackedBatch, flops: float) -> None:
-        """Count one micro-batch.
+    def add(self, losses: Sequence[Tensor], batch: PackedBatch) -> None:
+        """Note one micro-batch; what it comes to is computed when it is read.
 
         Args:
-            output: With all three losses.
-            batch: What went in, on any device.
-            flops: Floating-point operations of the model on it.
+            losses: Its loss and the means of MLM and, if that is learned, SBO: all detached.
+            batch: What went in, on the host.
         """
-        num_mlm, num_sbo = len(batch.mlm_positions), len(batch.sbo_targets)
-        losses = (output.loss, output.mlm_loss, output.sbo_loss)
-        weights = (1, num_mlm, num_sbo)
-        self._sums.append(
-            torch.stack(
-                [
-                    loss.detach().double() * weight
-                    for loss, weight in zip(losses, weights, strict=True)
-                    if loss is not None
-                ]
-            )
-        )
-        self._mlm_targets += num_mlm
-        self._sbo_targets += num_sbo
-        self._interval_tokens += batch.num_tokens
-        self.tokens += batch.num_tokens
-        self._flops += flops
+        self._losses.append(losses)
+        if len(self._losses) == _MOST_SCALARS:
+            self._fold()
+        part = _Part.of(batch)
+        self._parts.append(part)
+        self.tokens += part.num_tokens
 
     def end_step(self) -> None:
         """All micro-batches of a step were counted."""
@@ -142,7 +165,13 @@ class Meter:
 
     def read(self, step: int, epoch: int, learning_rate: float, norm: Tensor) -> Progress:
         """The means since the last call; `step` steps are done."""
-        loss, mlm_loss, sbo_loss = torch.stack(self._sums).sum(0).tolist()
+        self._fold()
+        losses = torch.cat(self._folded).double()
+        counts = torch.tensor([(1, part.num_mlm, part.num_sbo) for part in self._parts])
+        weights = counts[:, : losses.shape[1]].to(losses.device)
+        loss, mlm_sum, *sbo_sum = (losses * weights).sum(0).tolist()
+        _, num_mlm, num_sbo = counts.sum(0).tolist()
+        flops = self._interval_flops()
         now = time.perf_counter()
         seconds = now - self._last
         # Evaluation and saving come back at the same rate, so they belong into the time left.
@@ -152,18 +181,37 @@ class Meter:
             num_steps=self._num_steps,
             epoch=epoch,
             loss=loss / self._interval_steps,
-            mlm_loss=mlm_loss / max(1, self._mlm_targets),
-            sbo_loss=sbo_loss / max(1, self._sbo_targets),
+            mlm_loss=mlm_sum / max(1, num_mlm),
+            sbo_loss=sbo_sum[0] / max(1, num_sbo) if sbo_sum else None,
             learning_rate=learning_rate,
             gradient_norm=float(norm),
             tokens=self.tokens,
-            tokens_per_second=self._interval_tokens / seconds,
-            flop_utilisation=self._flops / seconds / self._peak,
+            tokens_per_second=sum(part.num_tokens for part in self._parts) / seconds,
+            flop_utilisation=flops / seconds / self._peak,
             seconds_left=per_step * (self._num_steps - step),
         )
         self._last = now
         self._reset()
         return progress
+
+    def _fold(self) -> None:
+        """Put the scalars of many micro-batches into one tensor [micro-batches, 2 or 3]."""
+        if self._losses:
+            width = len(self._losses[0])
+            scalars = [loss for losses in self._losses for loss in losses]
+            self._folded.append(torch.stack(scalars).view(-1, width))
+            self._losses = []
+
+    def _interval_flops(self) -> float:
+        parts = self._parts
+        return _flops(
+            self._config,
+            torch.cat([part.cu_seqlens.diff() for part in parts]),
+            num_rows=sum(part.num_mlm + part.num_sbo for part in parts),
+            num_spans=sum(part.num_spans for part in parts),
+            num_read=sum(part.num_read for part in parts),
+            frozen_encoder=self._frozen_encoder,
+        )
 
 
 def model_flops(config: Config, batch: PackedBatch, *, frozen_encoder: bool = False) -> float:
@@ -179,21 +227,41 @@ def model_flops(config: Config, batch: PackedBatch, *, frozen_encoder: bool = Fa
         batch: On the host.
         frozen_encoder: The encoder has no backward pass.
     """
+    part = _Part.of(batch)
+    return _flops(
+        config,
+        part.cu_seqlens.diff(),
+        num_rows=part.num_mlm + part.num_sbo,
+        num_spans=part.num_spans,
+        num_read=part.num_read,
+        frozen_encoder=frozen_encoder,
+    )
+
+
+def _flops(
+    config: Config,
+    lengths: Tensor,
+    *,
+    num_rows: int,
+    num_spans: int,
+    num_read: int,
+    frozen_encoder: bool,
+) -> float:
+    """`model_flops` of sequences of these lengths (int32 [B]), with these numbers of rows."""
     hidden, feed_forward = int(config.hidden_size), int(config.intermediate_size)
-    lengths = batch.cu_seqlens.diff().double()
     inner, outer = 3 * hidden**2, hidden**2 + 2 * hidden * feed_forward
+    lengths = lengths.double()
     reach = lengths - 1
     if config.attention_window is not None:
         reach = reach.clamp(max=config.attention_window)
     # Each token sees itself and up to `reach` on each side; both ends lack a triangle.
     pairs = lengths * (2 * reach + 1) - reach * (reach + 1)
     attention = 2 * hidden * float(pairs.sum())
-    layers, tokens = int(config.num_hidden_layers), batch.num_tokens
+    layers, tokens = int(config.num_hidden_layers), float(lengths.sum())
     encoder = layers * (inner * tokens + attention)
-    encoder += outer * ((layers - 1) * tokens + ReadRows.count(batch))
-    num_rows = len(batch.mlm_positions) + len(batch.sbo_targets)
+    encoder += outer * ((layers - 1) * tokens + num_read)
     heads = num_rows * (hidden**2 + hidden * int(config.vocab_size))
-    boundaries = 2 * len(batch.sbo_left) * hidden**2
+    boundaries = 2 * num_spans * hidden**2
     return 2 * ((1 if frozen_encoder else 3) * encoder + 3 * (heads + boundaries))
 
 

@@ -77,6 +77,12 @@ def step_unless(optimizer: torch.optim.AdamW, found_inf: Tensor) -> None:
     optimizer.step()
 
 
+def forget_gradients(parameters: Iterable[Tensor]) -> None:
+    """Leave no parameter a gradient: `zero_grad` of the optimizer without its bookkeeping."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:

@@ -26,9 +26,14 @@ from spanbert_fast.train.events import (
 )
 from spanbert_fast.train.finiteness import FinitenessGuard, NonFiniteError
 from spanbert_fast.train.machine import machine_settings, only_user
-from spanbert_fast.train.metrics import model_flops, read_metrics
+from spanbert_fast.train.metrics import read_metrics
 from spanbert_fast.train.model_card import save_model
-from spanbert_fast.train.optim import learning_rate, set_learning_rate, step_unless
+from spanbert_fast.train.optim import (
+    forget_gradients,
+    learning_rate,
+    set_learning_rate,
+    step_unless,
+)
 from spanbert_fast.train.options import PretrainOptions, Settings, resolve
 from spanbert_fast.train.report import draw_report, span_examples, write_examples
 from spanbert_fast.train.run import Run, build_run
@@ -99,14 +104,14 @@ def _train(run: Run, emit: Emit) -> EvaluationResult | None:
         guard.check()  # of the step before: the host never waits for the one it has just launched
         skip = guard.judge(
             done,
-            torch.stack(losses),
+            losses,
             norm,
             [batch.sequence_ids for batch in step.micro_batches],
             may_overflow=run.scale.may_overflow,
         )
         step_unless(run.optimizer, skip)
         run.scale.update(skip)
-        run.optimizer.zero_grad()
+        forget_gradients(parameters)
         meter.end_step()
 
         is_last = done == settings.steps
@@ -117,18 +122,19 @@ def _train(run: Run, emit: Emit) -> EvaluationResult | None:
             progress = meter.read(done, step.epoch, rate, norm)
             run.log.progress(progress)
             emit(progress)
-        with meter.paused():
-            if evaluates:
-                evaluation = _evaluate(run, emit, done)
-                run.log.evaluation(done, evaluation)
-            if saves:
-                _save(run, emit, done)
+        if evaluates or saves:
+            with meter.paused():
+                if evaluates:
+                    evaluation = _evaluate(run, emit, done)
+                    run.log.evaluation(done, evaluation)
+                if saves:
+                    _save(run, emit, done)
     return evaluation
 
 
 def _learn(run: Run, step: Step, batch: PackedBatch, seed: Tensor) -> Tensor:
     """The loss of a micro-batch, detached; its gradient is added to the parameters'."""
-    with run.autocast():
+    with run.autocast:
         output = run.forward(
             batch.to(run.device, non_blocking=True),
             dropout_seed=seed,
@@ -136,9 +142,10 @@ def _learn(run: Run, step: Step, batch: PackedBatch, seed: Tensor) -> Tensor:
         )
     assert output.loss is not None
     run.scale.multiply(output.loss).backward()  # type: ignore[no-untyped-call]
-    flops = model_flops(run.model.config, batch, frozen_encoder=run.settings.freeze_encoder)
-    run.meter.add(output, batch, flops)
-    return output.loss.detach()
+    loss = output.loss.detach()
+    means = (output.mlm_loss, output.sbo_loss if run.learns_spans else None)
+    run.meter.add([loss, *(mean for mean in means if mean is not None)], batch)
+    return loss
 
 
 def dropout_seed(seed: int, step: int) -> Tensor:
@@ -150,7 +157,7 @@ def dropout_seed(seed: int, step: int) -> Tensor:
     word = (seed * 0x9E3779B97F4A7C15 + step) & (2**64 - 1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         word = ((word ^ (word >> shift)) * factor) & (2**64 - 1)
-    return torch.tensor((word ^ (word >> 31)) >> 1)
+    return torch.full((), (word ^ (word >> 31)) >> 1)
 
 
 def _evaluate(run: Run, emit: Emit, step: int) -> EvaluationResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -98,14 +100,27 @@ class Run:
                 stop_step=end,
                 pin_memory=self.device.type == "cuda",
                 row_weights=self.row_weights,
+                with_spans=self.learns_spans,
             ) as loader:
                 yield from loader
             step = end
 
+    @functools.cached_property
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of a forward pass."""
+        """The precision of a forward pass: one context, to be entered again and again."""
         dtype = autocast_dtype(self.precision)
+        if dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type):
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @functools.cached_property
+    def learns_spans(self) -> bool:
+        """Whether the span boundary head is trained. A weight of 0 drops its targets.
+
+        The head meets no row then, and still has a gradient, of zeros, so that optimizer and
+        checkpoints hold the same tensors.
+        """
+        return self.model.config.sbo_weight > 0
 
     def checkpoint_content(self) -> dict[str, Any]:
         """Arguments of `save_checkpoint` that hold the state of the run."""
@@ -190,7 +205,12 @@ def build_run(
         scale=LossScale(device, enabled=precision == "fp16"),
         log=MetricsLog(settings.output, last_step=start_step),
         meter=Meter(
-            num_steps=settings.steps, start_step=start_step, start_tokens=tokens, peak=peak
+            model.config,
+            frozen_encoder=settings.freeze_encoder,
+            num_steps=settings.steps,
+            start_step=start_step,
+            start_tokens=tokens,
+            peak=peak,
         ),
         start_step=start_step,
         environment=surroundings,
@@ -218,7 +238,7 @@ def _take_up(
     if checkpoint:
         run.restore(checkpoint)
     if settings.segment_every:
-        run.periods = SpanPeriods(settings, run.source, model, run.autocast, run.log, emit)
+        run.periods = SpanPeriods(settings, run.source, model, lambda: run.autocast, run.log, emit)
         if checkpoint:
             spans = checkpoint.state.get("spans")
             run.periods.restore(checkpoint.step, spans, allow=allow_inexact)

@@ -88,6 +88,22 @@ def test_the_split_changes_no_mask(shards, masker):
             assert {batch.num_items for batch in other.micro_batches} == {num_items}
 
 
+def test_without_spans_the_masks_stay(shards, masker):
+    def weigh(batch):
+        return np.arange(len(batch.mlm_labels) + len(batch.sbo_targets), dtype=np.float32)
+
+    whole, bare = (steps(shards, masker, 3, with_spans=w, row_weights=weigh) for w in (True, False))
+    for with_spans, without in zip(whole, bare, strict=True):
+        assert sequences(with_spans) == sequences(without)
+        for full, empty in zip(with_spans.micro_batches, without.micro_batches, strict=True):
+            assert len(full.sbo_targets) > 0
+            assert [len(t) for t in (empty.sbo_left, empty.sbo_right, empty.sbo_targets)] == [0] * 3
+            assert empty.sbo_cu.tolist() == [0]
+            assert empty.sbo_cu.dtype == torch.int32
+            assert empty.row_weights.tolist() == full.row_weights[: len(full.mlm_labels)].tolist()
+            assert empty.num_items == full.num_items
+
+
 @pytest.mark.parametrize("start", [1, 7, 40])
 def test_starting_at_a_step_is_running_to_it(shards, masker, start):
     run = steps(shards, masker, start + 3)[start:]

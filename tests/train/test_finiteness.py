@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from spanbert_fast.train.finiteness import FinitenessGuard, LossScale, NonFiniteError
 
@@ -19,6 +21,34 @@ def test_finite_steps_pass() -> None:
     assert guard.judge(1, torch.tensor([1.0, 2.0]), torch.tensor(3.0), IDS).item() == 0.0
     guard.check()
     guard.check()
+
+
+def test_the_largest_losses_together_are_still_finite() -> None:
+    guard, largest = FinitenessGuard(), torch.tensor(torch.finfo(torch.float32).max)
+    assert guard.judge(1, [largest, largest], largest, IDS).item() == 0.0
+    guard.check()
+
+
+class Calls(TorchFunctionMode):
+    """Names every function of torch that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_judging_takes_few_kernels() -> None:
+    guard, losses, norm = FinitenessGuard(), [torch.tensor(1.0)], torch.tensor(2.0)
+    with Calls() as seen:
+        guard.judge(1, losses, norm, IDS[:1])
+    # To the host and to fp32 there is nothing to do on a CPU in fp32.
+    assert set(seen.names) == {"stack", "sub", "nan_to_num", "amax", "to", "float"}
+    assert len(seen.names) == 6
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

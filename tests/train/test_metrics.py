@@ -13,7 +13,6 @@ from transformers import BertConfig, BertForMaskedLM
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
-from spanbert_fast.model.outputs import SpanBertOutput
 from spanbert_fast.train import metrics
 from spanbert_fast.train.events import Progress
 
@@ -82,16 +81,34 @@ def test_tensorboard_holds_the_same_figures(tmp_path: Path) -> None:
     assert (scalar.step, scalar.value) == (2, 3.0)
 
 
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+
+
+def new_meter(config: Config | None = None, *, frozen_encoder: bool = False) -> metrics.Meter:
+    return metrics.Meter(
+        config or Config(**SHAPE),
+        frozen_encoder=frozen_encoder,
+        num_steps=10,
+        start_step=0,
+        start_tokens=1_000,
+        peak=1e9,
+    )
+
+
 def test_meter_weighs_means_by_their_targets() -> None:
-    meter = metrics.Meter(num_steps=10, start_step=0, start_tokens=1_000, peak=1e9)
-    for loss, mlm, sbo, batch in (
-        (3.0, 2.0, 1.0, packed((8,), 1, 2)),
-        (5.0, 6.0, 0.0, packed((8, 4), 3, 0)),
+    meter = new_meter()
+    for losses, batch in (
+        ((3.0, 2.0, 1.0), packed((8,), 1, 2)),
+        ((5.0, 6.0, 0.0), packed((8, 4), 3, 0)),
     ):
-        output = SpanBertOutput(
-            loss=torch.tensor(loss), mlm_loss=torch.tensor(mlm), sbo_loss=torch.tensor(sbo)
-        )
-        meter.add(output, batch, flops=1e6)
+        meter.add([torch.tensor(loss) for loss in losses], batch)
     meter.end_step()
     found = meter.read(1, 0, 0.1, torch.tensor(2.0))
     assert found.loss == 8.0  # the parts of one step add up
@@ -99,18 +116,54 @@ def test_meter_weighs_means_by_their_targets() -> None:
     assert found.sbo_loss == 1.0
     assert found.tokens == 1_020
     assert found.seconds_left > 0
-    assert found.flop_utilisation == pytest.approx(found.tokens_per_second / 20 * 2e6 / 1e9)
+
+
+def test_meter_has_no_span_loss_where_none_is_learned() -> None:
+    meter = new_meter()
+    meter.add([torch.tensor(3.0), torch.tensor(2.0)], packed((8,), 3, 0))
+    meter.end_step()
+    found = meter.read(1, 0, 0.1, torch.tensor(2.0))
+    assert (found.loss, found.mlm_loss, found.sbo_loss) == (3.0, 2.0, None)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("frozen_encoder", [False, True])
+def test_meter_adds_the_work_of_every_micro_batch(
+    window: int | None, *, frozen_encoder: bool
+) -> None:
+    config = Config(**SHAPE, attention_window=window)
+    meter = new_meter(config, frozen_encoder=frozen_encoder)
+    batches = [packed((8,), 1, 2), packed((9, 4, 12), 3, 0)] * 2
+    for batch in batches:
+        meter.add([torch.tensor(1.0)] * 3, batch)
+        meter.end_step()
+    found = meter.read(4, 0, 0.1, torch.tensor(2.0))
+    work = sum(
+        metrics.model_flops(config, batch, frozen_encoder=frozen_encoder) for batch in batches
+    )
+    tokens = sum(batch.num_tokens for batch in batches)
+    assert found.flop_utilisation == pytest.approx(found.tokens_per_second / tokens * work / 1e9)
+
+
+def test_meter_keeps_few_scalars_and_every_figure() -> None:
+    meter, count = new_meter(), 600
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(count, 3, generator=generator)
+    batch = packed((8,), 3, 2)
+    for row in losses:
+        meter.add(list(row), batch)
+        meter.end_step()
+        assert len(meter._losses) < 256
+    found = meter.read(count, 0, 0.1, torch.tensor(2.0))
+    assert (found.loss, found.mlm_loss, found.sbo_loss) == pytest.approx(
+        losses.double().mean(0).tolist(), rel=1e-12
+    )
+    meter.add([torch.tensor(7.0)] * 3, batch)
+    meter.end_step()
+    assert meter.read(count + 1, 0, 0.1, torch.tensor(2.0)).loss == 7.0  # nothing is left of before
 
 
 def test_flops_are_those_that_torch_counts_for_hugging_face() -> None:
-    fields = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 16,
-    }
     none, pieces = torch.zeros(0, dtype=torch.int64), torch.arange(24)
     every_row = dataclasses.replace(
         packed((12, 12), 1, 1),
@@ -121,12 +174,12 @@ def test_flops_are_those_that_torch_counts_for_hugging_face() -> None:
         sbo_cu=torch.zeros(1, dtype=torch.int32),
         sbo_targets=none,
     )
-    model = BertForMaskedLM(BertConfig(**fields, attn_implementation="eager"))
+    model = BertForMaskedLM(BertConfig(**SHAPE, attn_implementation="eager"))
     counter = FlopCounterMode(display=False)
     with counter:
         model(pieces.view(2, 12)).logits.sum().backward()
     # Torch counts no gradient of the embedding, and neither do we.
-    assert metrics.model_flops(Config(**fields), every_row) == counter.get_total_flops()
+    assert metrics.model_flops(Config(**SHAPE), every_row) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("window", [1, 5, 11, 40])

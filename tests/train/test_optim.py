@@ -67,6 +67,13 @@ def test_update_equals_the_formula() -> None:
         assert value.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_no_parameter_keeps_a_gradient() -> None:
+    model = layers()
+    model(torch.ones(2, 4)).sum().backward()
+    optim.forget_gradients(model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_flagged_update_changes_neither_parameters_nor_moments() -> None:
     model = layers()
     optimizer = optim.build_optimizer(model, weight_decay=0.01)
