@@ -190,7 +190,7 @@ def build_run(
     model = build_model(settings, source)
     model.to(device)  # type: ignore[arg-type]
     peak = matmul_flops_per_second(device, autocast_dtype(precision))
-    start_step, tokens = (checkpoint.step, checkpoint.state["tokens"]) if checkpoint else (0, 0)
+    start_step = checkpoint.step if checkpoint else 0
     forward = model.forward_packed
     run = Run(
         settings=settings,
@@ -204,14 +204,7 @@ def build_run(
         ),
         scale=LossScale(device, enabled=precision == "fp16"),
         log=MetricsLog(settings.output, last_step=start_step),
-        meter=Meter(
-            model.config,
-            frozen_encoder=settings.freeze_encoder,
-            num_steps=settings.steps,
-            start_step=start_step,
-            start_tokens=tokens,
-            peak=peak,
-        ),
+        meter=_meter(settings, model, checkpoint, peak),
         start_step=start_step,
         environment=surroundings,
         row_weights=weights,
@@ -224,6 +217,17 @@ def build_run(
     _write_description(run)
     emit(_started(run, found, peak))
     return run
+
+
+def _meter(settings: Settings, model: Model, checkpoint: Checkpoint | None, peak: float) -> Meter:
+    return Meter(
+        model.config,
+        frozen_encoder=settings.freeze_encoder,
+        num_steps=settings.steps,
+        start_step=checkpoint.step if checkpoint else 0,
+        start_tokens=checkpoint.state["tokens"] if checkpoint else 0,
+        peak=peak,
+    )
 
 
 def _take_up(
