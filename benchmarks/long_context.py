@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=100_000, help="of the texts of one table")
     parser.add_argument("--adapt-steps", type=int, default=800)
     parser.add_argument("--adapt-batch-tokens", type=int, default=4_096)
-    parser.add_argument("--extend-steps", type=int, default=250)
+    parser.add_argument("--extend-steps", type=int, default=150)
     parser.add_argument("--extend-batch-tokens", type=int, default=2_048)
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 4], help="times P: length")
     parser.add_argument("--seeds", type=int, default=2, help="of the continued pre-training")
