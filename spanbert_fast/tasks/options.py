@@ -32,7 +32,7 @@ class FillOptions:
     max_length: int | None = None
     """Tokens of a window, special tokens included; as many as the model allows unless given."""
     stride: int | None = None
-    """Pieces that neighbouring windows share; half of a window's unless given."""
+    """Pieces that neighbouring windows share; half of a window's, and at most 128, unless given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class SegmentOptions:
     max_length: int | None = None
     """Tokens of a window, special tokens included; as many as the model allows unless given."""
     stride: int | None = None
-    """Pieces that neighbouring windows share; half of a window's unless given."""
+    """Pieces that neighbouring windows share; half of a window's, and at most 128, unless given."""
     html: Path | None = None
     """Page to write, with the spans underlined."""
     png: Path | None = None

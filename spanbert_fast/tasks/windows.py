@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+LARGEST_DEFAULT_STRIDE = 128
+"""Pieces that neighbours share unless more are asked for: none is nearer than 64 to a cut. What a
+cut takes away depends on the distance from it in pieces, not on the length of the window, and is
+not measurable from 32 on (docs/long_text.md)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
@@ -24,7 +29,8 @@ class Windows:
     max_length: int | None = None
     """Tokens of a window, special tokens included; as many as the model allows unless given."""
     stride: int | None = None
-    """Pieces that neighbouring windows share, at least; half of a window's unless given."""
+    """Pieces that neighbouring windows share, at least; half of a window's, and at most 128, unless
+    given."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_length", 1), ("stride", 0)):
@@ -53,7 +59,8 @@ class Windows:
                 f"{num_special} special tokens, got {length}"
             )
         size = length - num_special
-        stride = size // 2 if self.stride is None else self.stride
+        default = min(size // 2, LARGEST_DEFAULT_STRIDE)
+        stride = default if self.stride is None else self.stride
         if stride >= size:
             raise ValueError(
                 f"stride must be below the {size} pieces of a window (max_length {length} less "

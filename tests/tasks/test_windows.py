@@ -402,6 +402,16 @@ def test_windows_that_cannot_be_are_refused(
         span_embeddings(model, tokenizer, "the", [(0, 1)], windows=windows)
 
 
+@pytest.mark.parametrize(
+    ("max_length", "expected"), [(None, (510, 128)), (258, (256, 128)), (128, (126, 63))]
+)
+def test_neighbours_share_half_and_at_most_128(
+    max_length: int | None, expected: tuple[int, int]
+) -> None:
+    assert Windows(max_length=max_length).sizes(512, 2) == expected
+    assert Windows(max_length=max_length, stride=0).sizes(512, 2) == (expected[0], 0)
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         Windows(max_length=0)
