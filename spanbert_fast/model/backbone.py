@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
-from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer
+from spanbert_fast.model.encoder import Embeddings, Encoder, EncoderOutput, Layer, has_hooks
 from spanbert_fast.model.inputs import PackedInputs, pack_inputs
 from spanbert_fast.model.layout import Layout, ReadRows
+from spanbert_fast.model.parts import PART_BYTES, split_by_length
 from spanbert_fast.model.rows import Boundaries
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -163,12 +164,55 @@ class Backbone(SpanBertPreTrainedModel):  # type: ignore[no-untyped-call]
             bool(output_attentions),
             ReadRows.of(batch) if for_targets and not is_shown else None,
         )
-        embeds = None if inputs is None else inputs.inputs_embeds
+        if self._goes_by_parts(batch, layout):
+            return self._encode_parts(batch, layout, bool(output_hidden_states))
+        return self._encode(batch, layout, bool(output_hidden_states))
+
+    def _encode(self, batch: PackedBatch, layout: Layout, wants_states: bool) -> EncoderOutput:
+        embeds = None if layout.inputs is None else layout.inputs.inputs_embeds
         hidden = self.embeddings(
             batch.input_ids, batch.position_ids, batch.token_type_ids, layout, embeds
         )
-        output: EncoderOutput = self.encoder(hidden, layout, bool(output_hidden_states))
+        output: EncoderOutput = self.encoder(hidden, layout, wants_states)
         return output
+
+    def _part_tokens(self) -> int:
+        return PART_BYTES // (4 * max(self.config.intermediate_size, self.config.hidden_size))
+
+    def _goes_by_parts(self, batch: PackedBatch, layout: Layout) -> bool:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or batch.input_ids.device.type != "cpu"
+            or batch.num_tokens <= self._part_tokens()
+            or batch.num_sequences < 2
+        ):
+            return False
+        if layout.wants_probabilities or layout.read is not None:
+            return False
+        is_given = layout.inputs is not None and layout.inputs.inputs_embeds is not None
+        # Who watches a module expects to see the batch, once.
+        return not is_given and not any(has_hooks(module) for module in self.modules())
+
+    def _encode_parts(
+        self, batch: PackedBatch, layout: Layout, wants_states: bool
+    ) -> EncoderOutput:
+        whole: list[Tensor] = []
+        for rows, part in split_by_length(batch, self._part_tokens()):
+            own = Layout(part.cu_seqlens, part.max_seqlen, part.sequence_ids, layout.seed)
+            encoded = self._encode(part, own, wants_states)
+            found = (encoded.last_hidden_state, *(encoded.hidden_states or ()))
+            if not whole:
+                whole = [each.new_empty(batch.num_tokens, each.shape[1]) for each in found]
+            for full, each in zip(whole, found, strict=True):
+                full.index_copy_(0, rows, each)
+        last, *states = whole
+        if wants_states:
+            # As without parts, the last one is the last hidden state itself.
+            states[-1] = last
+        if layout.inputs is not None:
+            states = [layout.inputs.unpack(state) for state in states]
+        return EncoderOutput(last, tuple(states) if wants_states else None, None)
 
     def _dropout_seed(self, seed: Tensor | None, device: torch.device) -> Tensor | None:
         config = self.config
