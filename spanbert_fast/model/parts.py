@@ -31,7 +31,7 @@ def split_by_length(batch: PackedBatch, most: int) -> Iterator[tuple[Tensor, Pac
     """
     lengths = batch.cu_seqlens.diff().long()
     order = lengths.sort(stable=True).indices
-    for chosen in order.split(_sizes(lengths.index_select(0, order).tolist(), most)):
+    for chosen in torch.split(order, _sizes(lengths.index_select(0, order).tolist(), most)):
         own = lengths.index_select(0, chosen)
         cu_seqlens = torch.nn.functional.pad(own.cumsum(0), (1, 0))
         shifts = batch.cu_seqlens.index_select(0, chosen) - cu_seqlens[:-1]
