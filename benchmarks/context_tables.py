@@ -74,6 +74,7 @@ def draw(output: Path, picture: Path) -> None:
         left.errorbar(middles, means, errors, fmt=style, capsize=2, label=name)
     left.set_xscale("log", base=2)
     left.set_yscale("symlog", linthresh=0.02)
+    left.set_ylim(bottom=-0.02)
     left.axhline(0, color="black", linewidth=0.6)
     left.set(
         xlabel="pieces to the nearest edge, itself counted", ylabel="loss more than one pass, nats"
@@ -88,10 +89,12 @@ def draw(output: Path, picture: Path) -> None:
     same = [begun[0], *(row for row in begun if row["way"] in names[1:])]
     _positions(right, [row | {"way": None} for row in same], width, "--")
     right.set(xlabel="position in the text", ylabel="MLM loss (dashed: before training)")
-    for axis in (left, right):
+    low, high = right.get_ylim()
+    right.set_ylim(low - 0.35 * (high - low), high)  # room for the legend
+    for axis, place in ((left, "upper right"), (right, "lower left")):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc=place, ncols=1 + (axis is right))
     figure.savefig(picture, dpi=100)
 
 

@@ -14,10 +14,10 @@ POSITION_EXTENSIONS = ("interpolate", "tile")
 
 LONGER_TEXTS = (
     "Three ways lead to longer texts: overlapping windows (windows=True of fill_span, segment and "
-    "span_embeddings, --windows on the command line); a longer position table "
-    "(Model.from_pretrained(..., max_position_embeddings=4096, position_extension='interpolate')); "
-    "and with such a table a local attention window, for time and memory linear in the length "
-    "(attention_window=512 beside it, or in the configuration)"
+    "span_embeddings, --windows on the command line); a longer position table with a local "
+    "attention window, for time and memory linear in the length (Model.from_pretrained(..., "
+    "max_position_embeddings=4096, position_extension='tile', attention_window=256)); and a longer "
+    "table without a window, which needs to be trained on"
 )
 """The end of a message that refuses a text for its length."""
 
