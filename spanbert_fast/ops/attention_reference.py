@@ -8,6 +8,7 @@ length is kept for backward.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,12 +20,31 @@ from spanbert_fast.ops.precision import wide_dtype
 
 
 class _Group(NamedTuple):
-    """Neighbouring sequences of one length."""
+    """All sequences of one length, wherever they lie in the batch."""
 
-    first_sequence: int
-    num_sequences: int
-    rows: slice
+    sequences: list[int]
     length: int
+    rows: slice | Tensor
+    """Their rows; int64 [n * L] if the sequences are no neighbours, which costs a gather."""
+
+    def planes(self, rows: Tensor) -> Tensor:
+        """The group's rows [n * L, H, ...] of [T, H, ...] as planes [n, H, L, ...].
+
+        A view where the sequences are neighbours.
+        """
+        if isinstance(self.rows, slice):
+            chosen = rows[self.rows]
+        else:
+            chosen = rows.index_select(0, self.rows)
+        shape = (len(self.sequences), self.length, *rows.shape[1:])
+        return chosen.view(shape).transpose(1, 2)
+
+    def write(self, rows: Tensor, planes: Tensor) -> None:
+        """Puts planes [n, H, L, ...] where `planes` took them from."""
+        if isinstance(self.rows, slice):
+            self.planes(rows).copy_(planes)
+        else:
+            rows.index_copy_(0, self.rows, planes.transpose(1, 2).flatten(0, 1))
 
 
 def forward(
@@ -43,7 +63,7 @@ def forward(
     ids = dropout.sequence_ids.tolist() if dropout else []
     with torch.autocast(query.device.type, enabled=False):
         for group in _groups(cu_seqlens):
-            q, k, v = (_planes(rows, group) for rows in (query, key, value))
+            q, k, v = (group.planes(rows) for rows in (query, key, value))
             is_plain = dropout is None and _sees_all(window, group)
             if is_plain and query.device.type == "cpu":
                 tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -51,8 +71,8 @@ def forward(
             else:
                 names = _plane_names(group, ids, query.shape[1])
                 out, log = forward_planes(q, k, v, scale, window, dropout, names)
-            _planes(output, group).copy_(out)
-            _planes(lse, group).copy_(log)
+            group.write(output, out)
+            group.write(lse, log)
     return output, lse
 
 
@@ -75,21 +95,21 @@ def backward(
     ids = dropout.sequence_ids.tolist() if dropout else []
     with torch.autocast(query.device.type, enabled=False):
         for group in _groups(cu_seqlens):
-            inputs = (_planes(rows, group) for rows in (grad_output, query, key, value))
+            inputs = (group.planes(rows) for rows in (grad_output, query, key, value))
             above, q, k, v = inputs
             is_plain = dropout is None and _sees_all(window, group) and grad_lse is None
             if is_plain and query.device.type == "cpu":
                 tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-                out, log = _planes(output, group), _planes(lse, group)
+                out, log = group.planes(output), group.planes(lse)
                 results = tiled(above, q, k, v, out, log, 0.0, False, scale=scale)
             else:
-                delta = (above.to(lse.dtype) * _planes(output, group)).sum(-1)
+                delta = (above.to(lse.dtype) * group.planes(output)).sum(-1)
                 if grad_lse is not None:
-                    delta = delta - _planes(grad_lse, group)
+                    delta = delta - group.planes(grad_lse)
                 names = _plane_names(group, ids, query.shape[1])
                 results = backward_planes(above, q, k, v, delta, scale, window, dropout, names)
             for grad, result in zip(grads, results, strict=True):
-                _planes(grad, group).copy_(result)
+                group.write(grad, result)
     return grads[0], grads[1], grads[2]
 
 
@@ -98,16 +118,21 @@ def _sees_all(window: int | None, group: _Group) -> bool:
 
 
 def _groups(cu_seqlens: Tensor) -> Iterator[_Group]:
+    """Sequences of one length together: many short texts are then few calls, in any order."""
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    first = 0
-    for index in range(1, len(lengths) + 1):
-        if index < len(lengths) and lengths[index] == lengths[first]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+        found[end - start].append(index)
+    for length, sequences in found.items():
+        if not length:
             continue
-        if lengths[first]:
-            rows = slice(bounds[first], bounds[index])
-            yield _Group(first, index - first, rows, lengths[first])
-        first = index
+        first, last = bounds[sequences[0]], bounds[sequences[-1] + 1]
+        if last - first == len(sequences) * length:  # nothing but empty ones between them
+            yield _Group(sequences, length, slice(first, last))
+            continue
+        starts = torch.tensor([bounds[index] for index in sequences], device=cu_seqlens.device)
+        columns = torch.arange(length, device=cu_seqlens.device)
+        yield _Group(sequences, length, (starts[:, None] + columns).flatten())
 
 
 def _dense(rows: Tensor) -> Tensor:
@@ -115,13 +140,7 @@ def _dense(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _planes(rows: Tensor, group: _Group) -> Tensor:
-    """The group's rows [n * L, H, ...] as planes [n, H, L, ...]; a view."""
-    shape = (group.num_sequences, group.length, *rows.shape[1:])
-    return rows[group.rows].view(shape).transpose(1, 2)
-
-
 def _plane_names(group: _Group, ids: list[int], num_heads: int) -> list[int]:
     """For each plane: sequence id * H + head."""
-    chosen = ids[group.first_sequence : group.first_sequence + group.num_sequences]
+    chosen = (ids[index] for index in group.sequences) if ids else ()
     return [number * num_heads + head for number in chosen for head in range(num_heads)]
