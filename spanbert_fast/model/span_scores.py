@@ -50,6 +50,12 @@ class SpanScoring:
     """p of the geometric law of lengths; at 1/2 all segmentations are equally likely a priori."""
 
     def __post_init__(self) -> None:
+        if type(self.max_words) is not int:
+            raise TypeError(f"max_words must be an int, got {self.max_words!r}")
+        for name in ("border_weight", "sharpness", "stop_probability"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if self.max_words < 1:
             raise ValueError(f"max_words is {self.max_words}, must be at least 1")
         if not 0.0 < self.stop_probability < 1.0:
@@ -60,8 +66,14 @@ class SpanScoring:
                 raise ValueError(f"{name} is {value}, must be a finite number of at least 0")
         for name in ("layers", "heads"):
             chosen = getattr(self, name)
-            if chosen is not None and not chosen:
+            if chosen is None:
+                continue
+            if not isinstance(chosen, tuple | list) or not all(type(i) is int for i in chosen):
+                raise TypeError(f"{name} must be a tuple of int, or None for all, got {chosen!r}")
+            if not chosen:
                 raise ValueError(f"{name} is empty, must name at least one, or be None for all")
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{name} must name each only once, got {chosen}")
 
 
 @dataclass(frozen=True, kw_only=True)

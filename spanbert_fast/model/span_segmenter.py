@@ -26,7 +26,11 @@ class SpanSegmenter(nn.Module):
         self, hidden_size: int, *, max_words: int = 10, num_labels: int = 1, num_units: int = 128
     ) -> None:
         super().__init__()
-        for name, value in (("max_words", max_words), ("num_labels", num_labels)):
+        sizes = {"hidden_size": hidden_size, "max_words": max_words}
+        sizes |= {"num_labels": num_labels, "num_units": num_units}
+        for name, value in sizes.items():
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
         self.max_words, self.num_labels = max_words, num_labels

@@ -73,20 +73,18 @@ def segment(
             without it all texts go through one pass, windows through passes of 8,192.
 
     Returns:
-        For each text its spans from left to right. They leave out white space alone.
+        For each text its spans from left to right. They leave out white space, and what the
+        tokenizer drops where it stands between spans, such as a zero-width or combining mark.
 
     Raises:
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
         ValueError: a text is longer than the model allows (without windows), a word with those
-            around it longer than a window, or a setting is out of range.
+            around it longer than a window, a setting is out of range, or the model's attention is
+            not finite.
     """
     texts = check_texts(model, tokenizer, text)
     scoring = SpanScoring() if scoring is None else scoring
-    if segmenter is not None and segmenter.max_words > scoring.max_words:
-        raise ValueError(
-            f"the segmenter's max_words is {segmenter.max_words}, scoring.max_words allows "
-            f"{scoring.max_words}"
-        )
+    _check_choices(model, scoring, segmenter, num_threads)
     cutting = windows_of_choice(windows)
     with inference(model):
         found = read_words(model, tokenizer, texts, scoring, cutting, batch_tokens)
@@ -96,6 +94,12 @@ def segment(
             with inference(segmenter):
                 every = segmenter(found.rows, found.words)
     wide, attention, rows = _on_cpu(every), _on_cpu(found.attention), _on_cpu(found.rows)
+    # Standardisation would turn attention that is not a number into no evidence at all.
+    if not (attention.isfinite().all() and rows.isfinite().all()):
+        raise ValueError(
+            "attention and hidden states must be finite, got some that are not: the model's "
+            "weights are damaged, or their dtype is too narrow for them"
+        )
     borders = found.words.cu_words.cpu()
     if respect_sentences:
         borders = _sentence_borders(texts, found.offsets, borders, language)
@@ -123,6 +127,27 @@ def segment(
             )
         )
     return result
+
+
+def _check_choices(model: Model, scoring: object, segmenter: object, num_threads: object) -> None:
+    if not isinstance(scoring, SpanScoring):
+        raise TypeError(f"scoring must be a SpanScoring, got {scoring!r:.80}")
+    if type(num_threads) is not int:
+        raise TypeError(f"num_threads must be an int, got {num_threads!r}")
+    if segmenter is None:
+        return
+    if not isinstance(segmenter, SpanSegmenter):
+        raise TypeError(f"segmenter must be a SpanSegmenter, got {segmenter!r:.80}")
+    if segmenter.max_words > scoring.max_words:
+        raise ValueError(
+            f"the segmenter's max_words is {segmenter.max_words}, scoring.max_words allows "
+            f"{scoring.max_words}"
+        )
+    size = model.config.hidden_size
+    if segmenter.first.in_features != size:
+        raise ValueError(
+            f"the segmenter's hidden_size is {segmenter.first.in_features}, the model's is {size}"
+        )
 
 
 def _on_cpu(rows: Tensor) -> Tensor:

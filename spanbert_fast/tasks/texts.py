@@ -45,7 +45,7 @@ def check_texts(model: object, tokenizer: Any, text: object) -> list[str]:
 
     Raises:
         TypeError: an argument has the wrong type, or the tokenizer knows no character offsets.
-        ValueError: there is no text.
+        ValueError: there is no text, or one holds a lone surrogate.
     """
     if not isinstance(model, Model):
         raise TypeError(
@@ -62,7 +62,23 @@ def check_texts(model: object, tokenizer: Any, text: object) -> list[str]:
         raise TypeError(f"text must be a str or a sequence of str, not {text!r:.80}")
     if not texts:
         raise ValueError("text holds no text")
+    for index, item in enumerate(texts):
+        # A lone half of a UTF-16 pair is no character; tokenizers would speak of a wrong type.
+        if not item.isascii() and (place := _lone_surrogate(item)) is not None:
+            raise ValueError(
+                f"text {index} has the lone surrogate {item[place]!r} at character {place}, which "
+                "stands for no character"
+            )
     return list(texts)
+
+
+def _lone_surrogate(text: str) -> int | None:
+    """Place of the first lone surrogate, None without one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def encode_texts(model: Model, tokenizer: Any, texts: Sequence[str]) -> Any:
@@ -181,8 +197,11 @@ def passes(
         windows: As they were cut.
 
     Raises:
+        TypeError: The number is no int.
         ValueError: The number is less than 1.
     """
+    if most is not None and type(most) is not int:
+        raise TypeError(f"batch_tokens must be an int, got {most!r}")
     if most is not None and most < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {most}")
     if most is None and windows is not None:

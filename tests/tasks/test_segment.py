@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -117,3 +118,55 @@ def test_command_writes_json_page_and_picture(
     assert "marginal" in capsys.readouterr().out
     assert main(["segment", str(folder), "a", "--max-words", "0"]) == 2
     assert "max_words is 0, must be at least 1" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_numbers_are_refused(model, tokenizer):
+    damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        damaged.bert.encoder.layer[0].attention.self.query.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="attention and hidden states must be finite"):
+        segment(damaged, tokenizer, TEXTS[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "settings"),
+    [
+        (TypeError, "max_words must be an int, got 1.5", {"max_words": 1.5}),
+        (TypeError, "max_words must be an int, got True", {"max_words": True}),
+        (TypeError, "sharpness must be a number, got '1'", {"sharpness": "1"}),
+        (TypeError, "layers must be a tuple of int", {"layers": "x"}),
+        (TypeError, "heads must be a tuple of int", {"heads": (1.5,)}),
+        (ValueError, "heads must name each only once", {"heads": (0, 0)}),
+    ],
+)
+def test_wrong_scoring_is_refused_by_name(error, match, settings):
+    with pytest.raises(error, match=match):
+        SpanScoring(**settings)
+
+
+def test_wrong_arguments_are_refused_by_name(model, tokenizer):
+    wrong = [
+        (TypeError, "scoring must be a SpanScoring", {"scoring": {}}),
+        (TypeError, "segmenter must be a SpanSegmenter", {"segmenter": torch.nn.Linear(2, 2)}),
+        (TypeError, "num_threads must be an int, got 1.5", {"num_threads": 1.5}),
+        (TypeError, "batch_tokens must be an int, got '2'", {"batch_tokens": "2"}),
+        (ValueError, "hidden_size is 16, the model's is 32", {"segmenter": SpanSegmenter(16)}),
+    ]
+    for error, match, arguments in wrong:
+        with pytest.raises(error, match=match):
+            segment(model, tokenizer, TEXTS[0], **arguments)
+
+
+def test_a_lone_surrogate_is_named_with_its_place(model, tokenizer):
+    with pytest.raises(ValueError, match=r"text 1 has the lone surrogate '\\ud800' at character 2"):
+        segment(model, tokenizer, ["work", "a \ud800 b"])
+
+
+@pytest.mark.parametrize("name", ["max_words", "num_labels", "num_units"])
+def test_wrong_sizes_of_a_segmenter_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"{name} must be an int, got 1.5"):
+        SpanSegmenter(8, **{name: 1.5})
+    with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+        SpanSegmenter(8, **{name: 0})
+    with pytest.raises(ValueError, match="hidden_size is -3"):
+        SpanSegmenter(-3)
