@@ -26,6 +26,9 @@ def run_segment(options: Any, as_json: bool) -> int:
         sharpness=options.sharpness,
         stop_probability=options.stop_probability,
     )
+    for picture in (options.html, options.png):
+        if picture is not None and not picture.parent.is_dir():
+            raise ValueError(f"the folder of {picture} does not exist")
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     found = segment(
         Model.from_pretrained(options.model),

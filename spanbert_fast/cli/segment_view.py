@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Neighbouring spans differ in colour; dark enough to be seen on white.
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
 _LINE_CHARACTERS = 88
+_MOST_LINES = 1_000
+"""Of a picture, which is 50 pixels high for each and 65,535 at most."""
 _STYLE = """body { font: 18px/2 serif; max-width: 46em; margin: 2em auto; padding: 0 1em }
 p { white-space: pre-wrap } span { border-bottom: 3px solid; padding-bottom: 2px }
 """
@@ -46,7 +48,7 @@ def write_page(path: Path, texts: Sequence[str], found: Sequence[Sequence[Segmen
         parts, place = [], 0
         for index, span in enumerate(spans):
             colour = COLOURS[index % len(COLOURS)]
-            alpha = round(255 * (0.3 + 0.7 * span.marginal))
+            alpha = round(255 * (0.3 + 0.7 * min(1.0, span.marginal)))
             title = f"score {span.score:.3f}, marginal {span.marginal:.3f}"
             parts.append(html.escape(text[place : span.start]))
             parts.append(f'<span style="border-color: {colour}{alpha:02x}" title="{title}">')
@@ -67,6 +69,11 @@ def write_picture(path: Path, texts: Sequence[str], found: Sequence[Sequence[Seg
     from matplotlib.figure import Figure
 
     lines = [line for each in zip(texts, found, strict=True) for line in _lines(*each)]
+    if len(lines) > _MOST_LINES:
+        raise ValueError(
+            f"a picture shows at most {_MOST_LINES:,} lines, the texts have {len(lines):,}: a page "
+            "(--html) has no limit"
+        )
     height = 0.42 * max(len(lines), 1) + 0.3
     figure = Figure(figsize=(10.5, height), dpi=120)
     FigureCanvasAgg(figure)
@@ -93,7 +100,7 @@ def write_picture(path: Path, texts: Sequence[str], found: Sequence[Sequence[Seg
 
 def _on_white(colour: str, marginal: float) -> tuple[float, ...]:
     """The colour that the page's transparency gives on white: pieces of a line may overlap."""
-    strength = 0.3 + 0.7 * marginal
+    strength = 0.3 + 0.7 * min(1.0, marginal)
     parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
     return tuple(1 - strength * (1 - part) for part in parts)
 

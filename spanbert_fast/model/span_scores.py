@@ -31,6 +31,9 @@ from spanbert_fast.model.encoder import Layer
 from spanbert_fast.ops.attention import varlen_attention_with_lse
 from spanbert_fast.ops.banded_attention import banded_attention
 
+MOST_WORDS = 512
+"""Longest span that may be asked for: time and memory grow with it, whatever a text has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpanScoring:
@@ -56,8 +59,8 @@ class SpanScoring:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-        if self.max_words < 1:
-            raise ValueError(f"max_words is {self.max_words}, must be at least 1")
+        if not 1 <= self.max_words <= MOST_WORDS:
+            raise ValueError(f"max_words is {self.max_words}, must be in [1, {MOST_WORDS}]")
         if not 0.0 < self.stop_probability < 1.0:
             raise ValueError(f"stop_probability is {self.stop_probability}, must be in (0, 1)")
         for name in ("border_weight", "sharpness"):

@@ -64,7 +64,8 @@ def segment(
         scoring: how attention becomes scores; by default all layers and heads.
         segmenter: scores spans in the attention's place; `scoring` then only weighs `vector`.
         respect_sentences: no span crosses the border of a sentence.
-        language: of the sentences, a code such as `en`.
+        language: of the sentences, a code such as `en`; `sentencex` reads those that it does not
+            know by its general rules.
         num_threads: of the search for the best segmentation.
         windows: True, or `Windows(...)`: a longer text than the model allows is read in windows
             that overlap, each word with `scoring.max_words` words on either side of it in the one

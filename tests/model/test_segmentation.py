@@ -107,7 +107,8 @@ def test_scores_follow_the_formula(model: Model, max_words: int, window: int | N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_words": 0}, "max_words is 0, must be at least 1"),
+        ({"max_words": 0}, "max_words is 0, must be in"),
+        ({"max_words": 513}, "max_words is 513, must be in"),
         ({"stop_probability": 1.0}, "stop_probability is 1.0, must be in"),
         ({"sharpness": -1.0}, "sharpness is -1.0, must be a finite number"),
         ({"layers": ()}, "layers is empty"),

@@ -11,6 +11,7 @@ import torch
 from matplotlib.image import imread
 
 from spanbert_fast.cli import main
+from spanbert_fast.cli.segment_view import write_picture
 from spanbert_fast.config import Config
 from spanbert_fast.data.tokenizer import save_tokenizer
 from spanbert_fast.data.wordpiece import train_tokenizer
@@ -117,7 +118,7 @@ def test_command_writes_json_page_and_picture(
     assert main(words[:4]) == 0
     assert "marginal" in capsys.readouterr().out
     assert main(["segment", str(folder), "a", "--max-words", "0"]) == 2
-    assert "max_words is 0, must be at least 1" in capsys.readouterr().err
+    assert "max_words is 0, must be in [1, 512]" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_numbers_are_refused(model, tokenizer):
@@ -170,3 +171,17 @@ def test_wrong_sizes_of_a_segmenter_are_refused_by_name(name):
         SpanSegmenter(8, **{name: 0})
     with pytest.raises(ValueError, match="hidden_size is -3"):
         SpanSegmenter(-3)
+
+
+def test_command_refuses_a_folder_that_is_not_there_before_it_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "missing" / "spans.html"
+    # There is no model in that folder, either: nothing was loaded.
+    assert main(["segment", str(tmp_path), "A text.", "--html", str(page)]) == 2
+    assert f"the folder of {page} does not exist" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_picture_has_an_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most 1,000 lines, the texts have 1,001"):
+        write_picture(tmp_path / "spans.png", ["word"] * 1_001, [[]] * 1_001)
