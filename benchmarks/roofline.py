@@ -65,7 +65,7 @@ def input_table() -> Table:
     for entry in dataclasses.fields(Gpu)[1:]:
         values = [f"{getattr(gpu, entry.name):g}" for gpu in GPUS]
         rows.append([entry.name, *values, entry.metadata["source"]])
-    for shape in dataclasses.fields(Model)[5:]:
+    for shape in dataclasses.fields(Model)[5:-1]:  # a window is not in these tables
         value = f"{getattr(MODELS[0], shape.name):,}"
         rows.append([shape.name, value, value, shape.metadata["source"]])
     return rows

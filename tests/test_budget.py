@@ -16,9 +16,10 @@ import torch
 from spanbert_fast.cli import main
 from spanbert_fast.config import Config
 from spanbert_fast.diagnose.budget import parse_device, plan
-from spanbert_fast.diagnose.memory import sample_batch, step_memory
+from spanbert_fast.diagnose.memory import _LiveBytes, sample_batch, step_memory
 from spanbert_fast.diagnose.options import PlanOptions
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.ops.attention_planes import Dropout, backward_bytes, backward_planes
 from spanbert_fast.train.metrics import model_flops
 from spanbert_fast.train.presets import RECIPES
 
@@ -29,16 +30,23 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 6,
     "intermediate_size": 1_536,
 }
-SEQUENCES, LENGTH = 8, 256
+# Sequences, length, window, layers: short blocks, and long ones with a window and without.
+STEPS = [(8, 256, None, 4), (1, 4_096, 256, 2), (1, 4_096, None, 1)]
 
 
-def one_step_really() -> None:
+def shaped(length: int, window: int | None, layers: int) -> Config:
+    changes = {"num_hidden_layers": layers, "max_position_embeddings": length}
+    return Config(**SHAPE | changes, attention_window=window)
+
+
+def one_step_really(number: int) -> None:
     """Run by a process of its own: prints what it held before, and its peak."""
     peaks = []
     model: Any = None
+    of_step = STEPS[number]
     for config, sequences, length in (
         (Config(**SHAPE | {"num_hidden_layers": 1, "vocab_size": 99}), 1, 8),
-        (Config(**SHAPE), SEQUENCES, LENGTH),
+        (shaped(*of_step[1:]), *of_step[:2]),
     ):
         del model
         model = Model(config).train()
@@ -48,21 +56,74 @@ def one_step_really() -> None:
             model.forward_packed(batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        # Not ru_maxrss: a child inherits the peak of whoever started it.
-        status = Path("/proc/self/status").read_text()
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)
+        peaks.append(peak_bytes())
     print(json.dumps(peaks))
 
 
+def peak_bytes() -> int:
+    # Not ru_maxrss: a child inherits the peak of whoever started it.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
-def test_memory_is_what_a_step_takes() -> None:
+@pytest.mark.parametrize("number", range(len(STEPS)))
+def test_memory_is_what_a_step_takes(number: int) -> None:
+    sequences, length, *rest = STEPS[number]
     counted = step_memory(
-        Config(**SHAPE), num_sequences=SEQUENCES, length=LENGTH, autocast=None, accumulates=False
+        shaped(length, *rest),
+        num_sequences=sequences,
+        length=length,
+        autocast=None,
+        accumulates=False,
     )
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, peak = json.loads(done.stdout)
     assert before + counted.total == pytest.approx(peak, rel=0.15)
     assert counted.total > 0.5 * before  # or the process alone would carry the comparison
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 40], ids=["all", "window"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_what_attention_holds_inside(
+    dtype: torch.dtype, window: int | None, sequences: int
+) -> None:
+    planes = (sequences, 2, 640, 32)
+    dropout = Dropout(6_554, torch.tensor(1), torch.arange(sequences), 0)
+    with _LiveBytes() as live:
+        packed = (torch.randn(sequences, 640, 2, 32, dtype=dtype) for _ in range(4))
+        rows = [part.transpose(1, 2) for part in packed]
+        delta = torch.zeros(planes[:3])
+        live.peak = before = live.now
+        backward_planes(*rows, delta, 1.0, window, dropout, list(range(2 * sequences)))
+    assert backward_bytes(planes, dtype, window, True) == pytest.approx(live.peak - before, rel=0.1)
+
+
+def test_a_window_saves_work() -> None:
+    def long(window: int | None) -> Any:
+        choice = {"tokens": 1e6, "micro_batches": 32, "seq_length": 2_048}
+        return plan(PlanOptions(preset="tiny", attention_window=window, **choice))
+
+    near, full, whole = long(64), long(None), long(4_096)
+    assert whole.flops == full.flops
+    hidden = int(Config.preset("tiny").hidden_size)
+    # Both passes, two products of two operations a pair; 2 w + 1 pairs but for the ends.
+    pairs = 2_048**2 - (2_048 * 129 - 64 * 65)
+    assert full.flops - near.flops == pytest.approx(1e6 * 3 * 2 * 2 * hidden * pairs / 2_048)
+
+
+def test_a_window_saves_time_on_a_gpu() -> None:
+    roofline = pytest.importorskip("spanbert_fast.diagnose.roofline", reason="needs Triton")
+    assert roofline.computed_scores(4_096, None) == roofline.computed_scores(4_096, 4_095)
+    # A tile in the middle has 128 queries and 128 + 2 * 64 keys: four steps of 64.
+    assert roofline.computed_scores(4_096, 64) == 128 * (32 * 256 - 2 * 64)
+    near, full = (
+        plan(PlanOptions(device="h100", tokens=1e9, seq_length=4_096, attention_window=window))
+        for window in (256, None)
+    )
+    assert near.seconds < 0.9 * full.seconds
 
 
 def test_parts_of_the_memory() -> None:
@@ -126,6 +187,7 @@ def test_devices_that_are_not_known(name: str) -> None:
         ({"preset": "huge"}, "preset must be one of"),
         ({"tokens": 0.0}, "tokens must be at least 1"),
         ({"seq_length": 4}, "seq_length must be at least 8"),
+        ({"attention_window": 0}, "attention_window must be at least 1"),
     ],
 )
 def test_sizes_that_are_not_possible(choice: dict[str, Any], message: str) -> None:
@@ -144,4 +206,4 @@ def test_the_command_speaks_and_gives_json(capsys: pytest.CaptureFixture[str]) -
 
 
 if __name__ == "__main__":
-    one_step_really()
+    one_step_really(int(sys.argv[1]))

@@ -26,6 +26,7 @@ def planned(budget: Budget, as_json: bool) -> None:
             ("tokens", f"{budget.tokens:,.0f} in {budget.steps:,} steps"),
             ("a step", f"{budget.tokens_per_step:,} tokens, {parts}"),
             ("FLOPs", f"{budget.flops:.2e}"),
+            *_window(budget),
         ],
         title=f"{budget.preset} on {budget.device}, {budget.precision}",
     )
@@ -59,6 +60,12 @@ def planned(budget: Budget, as_json: bool) -> None:
         ],
         title="disk",
     )
+
+
+def _window(budget: Budget) -> list[tuple[str, str]]:
+    if budget.attention_window is None:
+        return []
+    return [("attention window", f"{budget.attention_window:,} tokens on each side")]
 
 
 def _bytes(number: float) -> str:

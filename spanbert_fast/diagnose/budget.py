@@ -89,6 +89,7 @@ class Budget:
     basis: str
     """How the time was found."""
     notes: tuple[str, ...]
+    attention_window: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -108,6 +109,7 @@ def plan(options: PlanOptions) -> Budget:
         options.preset,
         vocab_size=options.vocab_size,
         max_position_embeddings=max(512, options.seq_length),
+        attention_window=options.attention_window,
         **recipe.model,
     )
     per_step = options.global_batch_tokens or recipe.global_batch_tokens
@@ -124,6 +126,7 @@ def plan(options: PlanOptions) -> Budget:
         autocast=None if precision == "fp32" else autocast_dtype(precision),
         accumulates=micro_batches > 1,
         activation_checkpointing=options.activation_checkpointing,
+        is_fused=device.kind != "cpu",
     )
     batch = sample_batch(sequences, options.seq_length)
     per_token = model_flops(config, batch) / batch.num_tokens
@@ -152,6 +155,7 @@ def plan(options: PlanOptions) -> Budget:
         seconds=tokens / speed.tokens_per_second,
         basis=speed.basis,
         notes=speed.notes,
+        attention_window=options.attention_window,
     )
 
 
@@ -219,6 +223,7 @@ def _gpu_speed(
         round(MLM_SHARE * length),
         round(SBO_SHARE * length),
         spans,
+        config.attention_window,
     )
     times = roofline.step_times(gpu, shape)
     update = sum(time.seconds for time in times if time.kernel.name == "AdamW")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from spanbert_fast.batch import PackedBatch
 from spanbert_fast.config import Config
 from spanbert_fast.model.pretrained import Model
+from spanbert_fast.ops.attention_planes import backward_bytes
 from spanbert_fast.ops.cross_entropy_reference import CHUNK_BYTES
 from spanbert_fast.train.optim import build_optimizer, step_unless
 
@@ -49,12 +50,13 @@ def step_memory(
     autocast: torch.dtype | None,
     accumulates: bool,
     activation_checkpointing: bool = False,
+    is_fused: bool = False,
 ) -> StepMemory:
     """Bytes of the tensors of a training step, forward, backward and AdamW.
 
     The step runs on fake tensors: every operation gives shapes and dtypes, none computes. What
-    operations use inside is not seen, except the logits of the cross-entropy, which are added; nor
-    is what the allocator loses.
+    operations use inside is not seen, except the logits of the cross-entropy and the scores of the
+    attention, which are added; nor is what the allocator loses.
 
     Args:
         config: Of the model.
@@ -63,6 +65,7 @@ def step_memory(
         autocast: dtype of matrix products; None: no autocast.
         accumulates: Whether gradients of an earlier micro-batch are there already.
         activation_checkpointing: Whether layers are computed again in the backward pass.
+        is_fused: Whether attention is a fused kernel, which holds no scores.
     """
     with FakeTensorMode(), _LiveBytes() as live:
         model = Model(config).train()
@@ -93,7 +96,22 @@ def step_memory(
         activations = live.peak - weights - gradients - moments
     logits = len(batch.mlm_labels) + len(batch.sbo_targets)
     inside = round(_LOGIT_COPIES * min(CHUNK_BYTES, 4 * logits * config.vocab_size))
+    if not is_fused:
+        # Not at one time, but the allocator keeps what the logits took.
+        inside += _attention_bytes(config, num_sequences, length, autocast)
     return StepMemory(weights, gradients, moments, max(0, activations) + inside)
+
+
+def _attention_bytes(
+    config: Config, num_sequences: int, length: int, autocast: torch.dtype | None
+) -> int:
+    heads, dropout = int(config.num_attention_heads), float(config.attention_probs_dropout_prob)
+    planes = (num_sequences, heads, length, int(config.hidden_size) // heads)
+    dtype, window = autocast or torch.float32, config.attention_window
+    if dropout == 0.0 and (window is None or window >= length - 1):
+        # PyTorch's tiled kernel: gradients alone.
+        return 3 * dtype.itemsize * num_sequences * length * int(config.hidden_size)
+    return backward_bytes(planes, dtype, window, dropout > 0.0)
 
 
 def sample_batch(num_sequences: int, length: int) -> PackedBatch:

@@ -61,6 +61,8 @@ class PlanOptions:
     """cpu (this machine), a100 or h100, or several as h100x8."""
     seq_length: int = 512
     """Tokens of a block."""
+    attention_window: int | None = None
+    """A token sees others at a distance of at most this; all of its sequence unless given."""
     vocab_size: int = 28_996
     """Entries of the vocabulary."""
     global_batch_tokens: int | None = None
@@ -78,7 +80,7 @@ class PlanOptions:
         if self.tokens is not None and not 1 <= self.tokens < float("inf"):
             raise ValueError(f"tokens must be at least 1 and finite, got {self.tokens}")
         sizes = ("seq_length", "vocab_size", "global_batch_tokens", "micro_batches")
-        for name in sizes:
+        for name in (*sizes, "attention_window"):
             value = getattr(self, name)
             least = 8 if name in ("seq_length", "vocab_size") else 1
             if value is not None and value < least:

@@ -25,6 +25,8 @@ HALF, SINGLE = 2, 4
 """Bytes of a number in bf16 and in float32."""
 BACKWARD_PRODUCTS = 7
 """What the two backward kernels of attention compute: 3 for the queries, 4 for keys and values."""
+TILE = 128, 64
+"""Queries and keys of a tile of the attention kernels in most of their settings."""
 BOUNDS = ("tensor cores", "exp", "memory", "launches")
 
 
@@ -76,6 +78,8 @@ class Model:
     mlm_rows: int = _input("15 % of 510, per sequence")
     sbo_rows: int = _input("synthetic text, per sequence")
     spans: int = _input("synthetic text, per sequence")
+    window: int | None = None
+    """Attention window; None: all tokens."""
 
     @property
     def tokens(self) -> int:
@@ -97,7 +101,7 @@ class Model:
         """Matrices of layers and heads, and tables; vectors are left out."""
         layers = 12 * self.layers * self.hidden**2
         heads = (2 + 1 + 1) * self.hidden**2
-        return layers + heads + (self.vocabulary + 512 + 2) * self.hidden
+        return layers + heads + (self.vocabulary + max(512, self.length) + 2) * self.hidden
 
 
 _WORKLOAD = (512, 28996, 77, 76, 15)
@@ -140,9 +144,11 @@ def attention_kernels(model: Model) -> list[Kernel]:
     """Attention of all layers: FLOPs of the forward by the registered formula."""
     rows = torch.empty(model.tokens, model.heads, model.hidden // model.heads, device="meta")
     cu = torch.arange(model.num_sequences + 1) * model.length
-    flops = attention_flops.forward_flops(rows, rows, rows, cu, model.length, 1.0, None)
-    product = flops / attention_flops.FORWARD_PRODUCTS * model.layers
-    scores = model.layers * model.tokens * model.length * model.heads
+    flops = attention_flops.forward_flops(rows, rows, rows, cu, model.length, 1.0, model.window)
+    computed = model.num_sequences * computed_scores(model.length, model.window)
+    seen = attention_flops.num_scores(cu, model.tokens, model.length, model.window)
+    product = flops / attention_flops.FORWARD_PRODUCTS * model.layers * computed / seen
+    scores = model.layers * computed * model.heads
     plane = model.layers * HALF * model.tokens * model.hidden
     statistics = model.layers * SINGLE * model.tokens * model.heads
     names = ("attention forward", "attention backward (queries)", "attention backward (keys)")
@@ -153,6 +159,19 @@ def attention_kernels(model: Model) -> list[Kernel]:
         )
         for name, count, traffic in zip(names, products, planes, strict=True)
     ]
+
+
+def computed_scores(length: int, window: int | None) -> int:
+    """Scores of one head of a sequence: under a window those of all tiles that it touches."""
+    if window is None or window >= length - 1:
+        return length * length
+    queries, keys = TILE
+    total = 0
+    for first in range(0, length, queries):
+        begin = max(first - window, 0) // keys * keys
+        end = min(first + queries + window, length)
+        total += min(queries, length - first) * math.ceil((end - begin) / keys) * keys
+    return total
 
 
 def matrix_products(model: Model) -> list[Kernel]:
@@ -274,5 +293,6 @@ def flops_of_step(model: Model) -> float:
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
         intermediate_size=4 * model.hidden,
+        attention_window=model.window,
     )
     return model_flops(config, batch)

@@ -162,6 +162,33 @@ def _blocks(num_planes: int, num_heads: int, tiles: list[_Tile], itemsize: int) 
     return [slice(start, min(start + step, num_planes)) for start in starts]
 
 
+def backward_bytes(
+    planes: tuple[int, int, int, int], dtype: torch.dtype, window: int | None, has_dropout: bool
+) -> int:
+    """Bytes that `backward_planes` holds at its peak beside its arguments, results included.
+
+    Args:
+        planes: n, H, L and K.
+        dtype: Of the query.
+        window: See `forward_planes`.
+        has_dropout: See `forward_planes`.
+    """
+    size, wide = dtype.itemsize, wide_dtype(dtype)
+    num_sequences, num_heads, length, head_size = planes
+    tiles = _tiles(length, window, torch.empty(0, device="meta"))
+    block = _blocks(num_sequences * num_heads, num_heads, tiles, wide.itemsize)[0].stop
+    scores = block * _area(tiles)
+    elements = num_sequences * num_heads * length * head_size
+    # Planes of one sequence are views of its rows; those of several are copies.
+    rows = (3 + (4 if num_sequences > 1 else 0)) * size
+    if len(tiles) > 1:
+        rows += 2 * (wide.itemsize if wide is not dtype else 0)
+    narrow = 2 * size if wide is not dtype else 0
+    # The keep mask of one tile and of the next.
+    masks = 2 if has_dropout else 0
+    return elements * rows + scores * (3 * wide.itemsize + narrow + masks)
+
+
 class _Buffers:
     """Memory for the scores of one block, used again by the next: fresh pages cost more to get."""
 
