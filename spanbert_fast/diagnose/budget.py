@@ -105,13 +105,7 @@ def plan(options: PlanOptions) -> Budget:
         RuntimeError: A GPU is asked for and Triton, whose kernels' formulas count, is not there.
     """
     recipe, device = RECIPES[options.preset], parse_device(options.device)
-    config = Config.preset(
-        options.preset,
-        vocab_size=options.vocab_size,
-        max_position_embeddings=max(512, options.seq_length),
-        attention_window=options.attention_window,
-        **recipe.model,
-    )
+    config = _config(options)
     per_step = options.global_batch_tokens or recipe.global_batch_tokens
     steps = math.ceil(options.tokens / per_step) if options.tokens else recipe.steps
     tokens = options.tokens or float(per_step * steps)
@@ -156,6 +150,16 @@ def plan(options: PlanOptions) -> Budget:
         basis=speed.basis,
         notes=speed.notes,
         attention_window=options.attention_window,
+    )
+
+
+def _config(options: PlanOptions) -> Config:
+    return Config.preset(
+        options.preset,
+        vocab_size=options.vocab_size,
+        max_position_embeddings=max(512, options.seq_length),
+        attention_window=options.attention_window,
+        **RECIPES[options.preset].model,
     )
 
 

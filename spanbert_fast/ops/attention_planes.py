@@ -186,7 +186,8 @@ def backward_bytes(
     narrow = 2 * size if wide is not dtype else 0
     # The keep mask of one tile and of the next.
     masks = 2 if has_dropout else 0
-    return elements * rows + scores * (3 * wide.itemsize + narrow + masks)
+    total: int = elements * rows + scores * (3 * wide.itemsize + narrow + masks)
+    return total
 
 
 class _Buffers:
