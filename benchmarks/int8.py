@@ -20,6 +20,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
 from spanbert_fast.convert.export import export_model
+from spanbert_fast.convert.onnx import quantize_int8
 from spanbert_fast.data.tokenizer import load_tokenizer
 from spanbert_fast.model.pretrained import Model
 
@@ -83,6 +84,9 @@ def variants(folder: Path, source: Path, output: str) -> Iterator[tuple[str, Run
     exact = folder / "exact"
     export_model(model, exact, outputs=[output])
     yield "ONNX float32", session(exact / "model.onnx")
+    (folder / "exported").mkdir()
+    quantize_int8(exact / "model.onnx", folder / "exported" / "model.onnx")
+    yield "--quantize int8", session(folder / "exported" / "model.onnx")
     for kind, scale, products, is_narrow in (
         (QuantType.QUInt8, "column", ["MatMul"], False),
         (QuantType.QInt8, "column", ["MatMul"], False),
@@ -90,6 +94,7 @@ def variants(folder: Path, source: Path, output: str) -> Iterator[tuple[str, Run
         (QuantType.QUInt8, "tensor", ["MatMul"], False),
         (QuantType.QInt8, "tensor", ["MatMul"], False),
         (QuantType.QUInt8, "column", ["MatMul", "Gather"], False),
+        (QuantType.QInt8, "column", ["MatMul", "Gather"], False),
     ):
         name = f"ONNX {kind} per {scale} {'+'.join(products)}{' 7 bits' if is_narrow else ''}"
         path = folder / f"{name.replace(' ', '_')}.onnx"

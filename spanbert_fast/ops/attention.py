@@ -136,7 +136,8 @@ def _grid_attention(
     q, k, v = (
         rows.index_select(0, source).view(shape).transpose(1, 2) for rows in (query, key, value)
     )
-    visible = valid[:, None, None, :]
+    # ONNX's operator for attention wants a row of the mask for each query.
+    visible = valid[:, None, None, :].expand(-1, 1, max_seqlen, -1)
     if window is not None:
         visible = visible & ((columns[:, None] - columns).abs() <= window)
     mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
