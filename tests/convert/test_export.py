@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,28 @@ def test_spans_that_the_model_refuses_fail(
         session_of(done.output / done.file)(inputs)
     with pytest.raises(IndexError):
         program[1](inputs)
+
+
+def test_graphs_have_the_operators_that_runtimes_are_fast_at(
+    exported: tuple[Model, Export], tmp_path: Path
+) -> None:
+    """One operator for attention, one for GELU; 8-bit products cannot overflow 16 bits in pairs."""
+    model, done = exported
+    nodes = Counter(node.op_type for node in onnx.load(done.output / done.file).graph.node)
+    assert (nodes["Attention"], nodes["Softmax"], nodes["Erf"]) == (1, 0, 0)
+    small = export_model(model, tmp_path / "small", outputs=["logits"], quantize="int8")
+    graph = onnx.load(small.output / small.file).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    products = [node.input[1] for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 8  # query, key, value, three of the layer, transform and decoder
+    for name in products:
+        weight = onnx.numpy_helper.to_array(weights[name])
+        assert weight.dtype == np.int8
+        assert 2 * 255 * np.abs(weight.astype(int)).max() < 2**15
+    inputs = inputs_of((5, 14))
+    exact = expected(model, inputs)["logits"]
+    error = (session_of(small.output / small.file)(inputs)["logits"] - exact).abs().max()
+    assert 0 < float(error) < 0.1 * float(exact.abs().max())
 
 
 def test_weights_beyond_two_gigabytes_lie_beside(
